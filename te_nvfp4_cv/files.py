@@ -27,7 +27,8 @@ def write_atomically(
         RuntimeError: the disk is full or the folder cannot be written. The file from before is untouched.
     """
     path = path.resolve() if path.is_symlink() else path  # write the file behind the link, so that the link stays
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Threads, and processes of other machines with the same number, may write the same file: each has its own draft.
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,6 +18,7 @@ from te_nvfp4_cv.export.computed import is_computed, keys_of
 from te_nvfp4_cv.export.folding import NORMS
 from te_nvfp4_cv.export.inner import PREFIX, Inner, Kernel, NotPacked, find, has_own_forward, layer_of
 from te_nvfp4_cv.export.left_high import BY_RECIPE
+from te_nvfp4_cv.export.loadable import check_loadable, listed, other_numbers
 from te_nvfp4_cv.export.manifest import PARTS, SHIFTS, LayerEntry, Manifest, call_of, damaged, join, settings_of
 from te_nvfp4_cv.layer import check, grouped
 from te_nvfp4_cv.layer.names import plain_name
@@ -264,12 +264,14 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         ValueError: Names, shapes, kinds or calls differ (all of them are listed), or the file is damaged.
     """
     plain_names("nv.export.load", model)  # raises if two tensors would have one name
-    _check_buffers(model)
+    check_loadable(model)
     modules = plain_modules(model)
     # Shapes only: nothing of the model is read or moved before the comparison is over.
-    state = {plain_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    held = model.state_dict()
+    state = {plain_name(name): tuple(getattr(value, "shape", ())) for name, value in held.items()}
     counts = {plain_name(name) for name in averaging_counts(model)}
     expected: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in opened.tensors.items()}
+    packed = {join(name, key) for name in manifest.layers for key in PARTS}
     for name, entry in manifest.layers.items():
         for key in PARTS:
             # The file's tensors of a layer become torch's one weight. Only a static scale and a shift may be absent.
@@ -315,13 +317,13 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         f"{name}: {state[name]}, in the file {shape}" for name, shape in expected.items()
         if name in state and state[name] != shape
     ]
-    unlike += _other_numbers(opened, model)
+    unlike += other_numbers({name: t for name, t in opened.tensors.items() if name not in packed}, held)
     if missing or unexpected or unlike:
         parts = (("not in the file", missing), ("not in the model", unexpected), ("of another shape or kind", unlike))
         raise value_error(
             f"nv.export.load: the model is not the one that {opened.source} was saved from.",
             # All differences at once: a wrong width shows in every layer, and one line of many would mislead.
-            got="; ".join(f"{what}: {_listed(names)}" for what, names in parts if names),
+            got="; ".join(f"{what}: {listed(names)}" for what, names in parts if names),
             needs="the same architecture, before it was converted",
             fix="build the model as it was built for training (classes, width, inputs)",
         )
@@ -332,32 +334,6 @@ def check_fit(opened: Artifact, manifest: Manifest, model: nn.Module) -> dict[st
         if not foldable or bias is None or tuple(bias.shape) != (folded.num_features,):
             raise damaged(opened.source, f"{norm!r} is said to be folded into {name!r}")
     return {name: modules[name] for name in manifest.layers if name not in manifest.inner}
-
-
-def _other_numbers(opened: Artifact, model: nn.Module) -> list[str]:
-    """List floating-point tensors of the model that the file has as integers: copying would convert them silently."""
-    floats = {plain_name(name) for name, t in model.state_dict().items() if t.is_floating_point()}
-    packed = {torch.uint8, torch.float8_e4m3fn}
-    return [
-        f"{name}: {t.dtype} in the file" for name, t in opened.tensors.items()
-        if name in floats and not t.is_floating_point() and t.dtype not in packed
-    ]
-
-
-def _check_buffers(model: nn.Module) -> None:
-    """Refuse a model on the meta device whose buffers outside of the state_dict would stay without values."""
-    lost = [
-        join(name, key)
-        for name, module in model.named_modules()
-        # torch tells non-persistent buffers apart in this private set only.
-        for key in module._non_persistent_buffers_set
-        if (buffer := module._buffers.get(key)) is not None and buffer.is_meta
-    ]
-    if lost:
-        raise value_error(
-            "nv.export.load: buffers on the meta device are in no file.", got=_listed(lost),
-            needs="a model whose buffers outside of the state_dict have values", fix="build it on the CPU",
-        )
 
 
 def _differences(name: str, module: nn.Module, entry: LayerEntry) -> list[str]:
@@ -383,6 +359,3 @@ def _other_settings(name: str, own: Mapping[str, Any], in_file: Mapping[str, Any
     ]
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -99,7 +99,8 @@ class Manifest:
             is not found out there.
         inner: names of the layers that lie inside of modules with a forward of their own (inner.py), each with the name
             of its bias there; a name with "=" before it is that of a kernel which the forward computes.
-        settings: what the tensors of other convolutions and norms do not show, as `settings_of` gives it, by name.
+        settings: what the tensors of other convolutions, of norms and of attention do not show, as `settings_of` gives
+            it, by name.
     """
 
     library: str
@@ -231,12 +232,15 @@ def call_of(module: nn.Module) -> dict[str, Any]:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """Return what decides a module's outputs beside its tensors: of a convolution its call, of a norm eps and groups.
+    """Return what decides a module's outputs beside its tensors, or an empty dict for most kinds of modules.
 
-    Of every other module the dict is empty.
+    Of a convolution it is its call, of a norm eps and groups, of torch's attention its number of heads and its flags.
     """
     if torch_class(module) not in (None, nn.Linear):  # a convolution; a subclass of one may use the names otherwise
         return {**call_of(module), "groups": int(module.groups)}  # type: ignore[arg-type]
+    if isinstance(module, nn.MultiheadAttention):
+        said = {name: getattr(module, name, None) for name in ("num_heads", "batch_first", "add_zero_attn")}
+        return {name: int(value) for name, value in said.items() if value is not None}
     if isinstance(module, (BatchOrInstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         found = {name: getattr(module, name, None) for name in ("eps", "num_groups")}
         return {name: value for name, value in found.items() if isinstance(value, (int, float))}

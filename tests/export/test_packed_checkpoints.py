@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -632,6 +633,91 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
             for folder in folders
         ]
         assert all(content == contents[0] for content in contents)
+
+
+def test_threads_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    contents = [bytes([number]) * (1 << 18) for number in range(4)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(lambda content: files.write_atomically(tmp_path / "file", content), contents * 10))
+    assert (tmp_path / "file").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class WithBuffer(nn.Linear):
+    """A layer with a buffer of any kind of numbers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(16, 16)
+        self.register_buffer("extra", torch.tensor([3], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "saved, loaded", [(torch.float32, torch.int64), (torch.uint8, torch.float32), (torch.float8_e4m3fn, torch.bool)]
+)
+def test_numbers_of_another_kind_are_refused(tmp_path: Path, saved: torch.dtype, loaded: torch.dtype) -> None:
+    nv.export.save(nn.Sequential(WithBuffer(saved)), tmp_path / "net", NO_2D)
+    with pytest.raises(ValueError, match=rf"0.extra: {saved} in the file"):
+        nv.export.load(tmp_path / "net", nn.Sequential(WithBuffer(loaded)))
+
+
+class Renaming(nn.Module):
+    """Names its norm otherwise in its state_dict, as models that keep the names of old checkpoints do."""
+
+    def __init__(self, hook: bool = False) -> None:
+        super().__init__()
+        self.head, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+        if hook:
+            self.register_load_state_dict_pre_hook(lambda module, state, *rest: _rename(state, "ln.", "norm."))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return _rename(super().state_dict(*args, **kwargs), "norm.", "ln.")
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(_rename(dict(state_dict), "ln.", "norm."), *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.head(x))
+
+
+def _rename(state: Any, old: str, new: str) -> Any:
+    for name in [name for name in state if name.startswith(old)]:
+        state[new + name.removeprefix(old)] = state.pop(name)
+    return state
+
+
+def test_tensors_under_names_that_torch_does_not_know_are_not_lost(tmp_path: Path) -> None:
+    net, x = Renaming().eval(), values((4, 16))
+    nn.init.normal_(net.norm.weight)
+    saved = nv.export.save(net, tmp_path / "net")
+    fresh = Renaming()
+    with pytest.raises(ValueError, match=r"does not know[\s\S]*ln.weight, ln.bias"):
+        nv.export.load(saved.files[0], fresh)
+    assert type(fresh.head) is nn.Linear, "nothing has changed"
+    with torch.no_grad(), nv.nvfp4_autocast():
+        expected = net(x)
+    assert same_bits(nv.export.load(saved.files[0], Renaming(hook=True))(x), expected)
+
+
+def test_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError
+
+    nv.export.save(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)), tmp_path / "net")
+    with pytest.raises(ValueError, match=r"not in the file: 1._extra_state"):
+        nv.export.load(tmp_path / "net", nn.Sequential(nn.LayerNorm(16), Counting(16, 16)))
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 4}, {"batch_first": True}, {"add_zero_attn": True}])
+def test_attention_with_other_settings_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    said: dict[str, Any] = {"embed_dim": 32, "num_heads": 2}
+    nv.export.save(nn.Sequential(nn.MultiheadAttention(**said)), tmp_path / "net")
+    with pytest.raises(ValueError, match=next(iter(other))):
+        nv.export.load(tmp_path / "net", nn.Sequential(nn.MultiheadAttention(**{**said, **other})))
+    nv.export.load(tmp_path / "net", nn.Sequential(nn.MultiheadAttention(**said)))
 
 
 def test_drafts_of_a_killed_save_are_removed(tmp_path: Path) -> None:
