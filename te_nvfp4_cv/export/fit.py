@@ -227,11 +227,12 @@ def _why_high(module: Any, recipe: NVFP4BlockScaling | None) -> str | None:
     if reason is not None:
         return reason
     assert recipe is not None
-    if is_computed(module):
-        if recipe.kernels == "parameters":
-            return "its weight is computed (recipe.kernels='parameters')"
-        if len(getattr(module, "parametrizations", "1")) > 1:
-            return "its weight is computed, and its bias, too"
+    computed = is_computed(module)
+    if computed and recipe.kernels == "parameters":
+        return "its weight is computed (recipe.kernels='parameters')"
+    if any(key != "weight" for key in getattr(module, "parametrizations", ())):
+        return "its weight is computed, and its bias, too" if computed else "its bias is computed"
+    if computed:
         w: Any = like_weight(module)
     else:
         w = module._parameters.get("weight")

@@ -10,7 +10,8 @@ module, `packed_weight` in the place of the Parameter `weight`, and the call run
 A module that asks for the Parameter gets the weight of the layer inside. If that holds NVFP4 codes, torch's functions
 run the layer with it (packed_weight.py). A kernel that the forward computes anew, from what stands where the Parameter
 was, is recognized by its shape. ONNX export replaces layers inside like all others.
-Not packed, and listed: kernels that hang on the input, several calls of one Parameter, biases that are computed.
+Not packed, and listed: kernels that hang on the input, several calls of one Parameter, biases that are computed, and
+forwards that read a Parameter for more than the kernel that they compute from it, because its values are lost.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.torch_private import tree_leaves
 from te_nvfp4_cv.context.function_mode import decide, entered
 from te_nvfp4_cv.context.layer_calls import LayerCalls
 from te_nvfp4_cv.context.state import State
@@ -94,6 +96,19 @@ class _Catch(LayerCalls):
         return function(*args, **kwargs)
 
 
+class _Stand(LayerCalls):
+    """Run a layer in the place of a module's call with a kernel that it has computed, as _Replay does later."""
+
+    def __init__(self, module: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.module, self.layer = module, layer
+
+    def called(self, call: LayerCall, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the layer, or the call as it is if it is that of another kernel or module."""
+        own = next(running_modules(), None) is self.module and call.w.shape == self.layer.weight.shape
+        return self.layer(call.x) if own else function(*args, **kwargs)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Return True for a module whose kernels `find` looks for."""
     if isinstance(module, nn.MultiheadAttention):
@@ -134,10 +149,61 @@ def find(module: nn.Module, recipe: NVFP4BlockScaling) -> list[Kernel] | NotPack
         if any(kernel[:2] == other[:2] for other in found) or (found and (kernel.computed or found[0].computed)):
             return NotPacked("its forward multiplies several kernels", True)
         found.append(kernel)
+    if found and found[0].computed and not _is_read_only_there(module, found[0]):
+        return NotPacked("its forward reads a Parameter for more than the kernel that it computes from it", True)
     return found
 
 
-def _calls(module: Any, recipe: NVFP4BlockScaling, seed: int) -> list[tuple[LayerCall, str]]:
+def _is_read_only_there(module: nn.Module, kernel: Kernel) -> bool:
+    """Tell whether outputs stay what they are with the computed kernel in the place of the Parameter."""
+    inputs, own = _inputs(module, 0), kernel.module._parameters[kernel.key]
+    w: Any = kernel.layer.weight
+    children = list(module.modules())
+    flags = [child.training for child in children]
+    try:
+        for child in children:
+            child.training = False
+        with unwritten(module), torch.no_grad(), torch.autocast(w.device.type, enabled=False):
+            expected = tree_leaves(_forward(module, inputs))
+            share_bias(kernel)
+            kernel.module._parameters[kernel.key] = nn.Parameter(w.detach().clone(), requires_grad=False)
+            with _Stand(module, kernel.layer):
+                found = tree_leaves(_forward(module, inputs))
+    except Exception:  # a forward of somebody's
+        return False
+    finally:
+        kernel.module._parameters[kernel.key] = own
+        kernel.layer._parameters["bias"] = None  # until `install`
+        for child, flag in zip(children, flags, strict=True):
+            child.training = flag
+    return len(found) == len(expected) and all(_is_close(*pair) for pair in zip(found, expected, strict=True))
+
+
+def _is_close(found: Any, expected: Any) -> bool:
+    if not isinstance(expected, Tensor) or not expected.is_floating_point():
+        return True
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    # The same operators on the same numbers, but a GPU may add in another order.
+    return bool((found.double() - expected.double()).norm() <= 1e-2 * expected.double().norm())
+
+
+def _calls(module: nn.Module, recipe: NVFP4BlockScaling, seed: int) -> list[tuple[LayerCall, str]]:
+    inputs, catch = _inputs(module, seed), _Catch(module)
+    # Not module(...): hooks are the user's. Autocast off: the kernel is wanted as the Parameter's dtype has it.
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(replaced(shortfall.local, quiet=True))
+        # In this order: autocast that is off inside of the context would be an island of high precision.
+        stack.enter_context(torch.autocast(inputs[0].device.type, enabled=False))
+        stack.enter_context(entered(State(True, recipe, "auto", relu_mask=False)))
+        stack.enter_context(catch)
+        _forward(module, inputs)
+    return catch.calls
+
+
+def _inputs(module: Any, seed: int) -> tuple[Tensor, ...]:
+    """Return a small random input of a module."""
     like = next(module.parameters())
     generator = torch.Generator().manual_seed(seed)
 
@@ -148,29 +214,17 @@ def _calls(module: Any, recipe: NVFP4BlockScaling, seed: int) -> list[tuple[Laye
         first = values(2, 2, module.embed_dim)
         same = module.kdim == module.vdim == module.embed_dim
         rest = (first, first) if same else (values(2, 2, module.kdim), values(2, 2, module.vdim))
-        inputs: tuple[Tensor, ...] = (first, *rest)
-    elif isinstance(module, nn.Linear):
-        inputs = (values(2, module.in_features),)
-    else:
-        sizes = zip(module.kernel_size, module.dilation, strict=True)
-        inputs = (values(2, module.in_channels, *(max(8, d * (k - 1) + 1) for k, d in sizes)),)
-    catch = _Catch(module)
-    # Not module(...): hooks are the user's. Autocast off: the kernel is wanted as the Parameter's dtype has it.
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(replaced(shortfall.local, quiet=True))
-        # In this order: autocast that is off inside of the context would be an island of high precision.
-        stack.enter_context(torch.autocast(like.device.type, enabled=False))
-        stack.enter_context(entered(State(True, recipe, "auto", relu_mask=False)))
-        stack.enter_context(catch)
-        _forward(module, inputs)
-    return catch.calls
+        return first, *rest
+    if isinstance(module, nn.Linear):
+        return (values(2, module.in_features),)
+    sizes = zip(module.kernel_size, module.dilation, strict=True)
+    return (values(2, module.in_channels, *(max(8, d * (k - 1) + 1) for k, d in sizes)),)
 
 
-def _forward(self: Any, inputs: tuple[Tensor, ...]) -> None:
+def _forward(self: Any, inputs: tuple[Tensor, ...]) -> Any:
     """Run a module's forward without its hooks."""
     # By the name `self` running_modules finds it. Its forward may call its first argument something else.
-    type(self).forward(self, *inputs)
+    return type(self).forward(self, *inputs)
 
 
 def _kernel(module: nn.Module, call: LayerCall) -> Kernel | str:

@@ -45,6 +45,14 @@ class This(nn.Conv2d):
         return F.conv2d(x, this.weight, this.bias)
 
 
+class Rescaled(nn.Linear):
+    """Multiplies by its kernel's directions, and then by the norms that it has taken out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.weight.norm(dim=1)
+        return F.linear(x, self.weight / size[:, None]) * size + self.bias
+
+
 class Standardized(nn.Conv2d):
     """Weight standardization with a gain, as the NF networks have it."""
 
@@ -473,3 +481,41 @@ def test_a_plain_model_does_not_fit_a_file_of_subclasses(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="a forward of its own"):
         nv.export.load(saved.files[0], plain)
     assert type(plain[0]) is nn.Conv2d and isinstance(plain[0].weight, nn.Parameter)
+
+
+def test_a_forward_that_reads_its_parameter_for_more_than_its_kernel_stays_in_high_precision(tmp_path: Path) -> None:
+    net, x = nn.Sequential(Rescaled(32, 16)).eval(), values((8, 32))
+    with torch.no_grad():
+        net[0].weight.mul_(3.0)
+    with pytest.warns(UserWarning, match="reads a Parameter for more than the kernel"):
+        saved = nv.export.save(net, tmp_path / "net")
+    assert not saved.quantized and list(saved.high) == ["0"]
+    assert same_bits(nv.export.load(saved.files[0], nn.Sequential(Rescaled(32, 16)))(x), net(x))
+    assert not net[0].weight.isnan().any() and net[0].weight.requires_grad
+
+
+class Doubled(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return 2 * bias
+
+
+def test_a_parametrized_bias_stays_with_its_layer(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        nn.utils.parametrize.register_parametrization(net[0], "bias", Doubled())
+        return net.eval()
+
+    net, x = build(), values((8, 32))
+    saved = nv.export.save(net, tmp_path / "net")
+    assert saved.high == {"0": "its bias is computed"} and saved.quantized == ("1",)
+    loaded = nv.export.load(saved.files[0], build())
+    assert same_bits(loaded[0](x), net[0](x))
+    quantized = nv.export.quantize(net, [x])
+    assert relative_error(quantized(x), net(x)) < 0.2
+
+
+def test_a_pruned_bias_is_not_said_to_be_corrected() -> None:
+    net, x = nn.Sequential(nn.Linear(32, 32)).eval(), values((64, 32)) + 0.2
+    prune.random_unstructured(net[0], "bias", 0.5)
+    reports: list[Any] = [nv.export.quantize(net, [x], bias_correction=wanted).nvfp4_drift for wanted in (False, True)]
+    assert reports[0].layers[0].sqnr_db == reports[1].layers[0].sqnr_db

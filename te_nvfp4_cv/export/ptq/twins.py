@@ -147,9 +147,12 @@ class Watched:
 
     @property
     def bias(self) -> Tensor | None:
-        """Return the bias of the twin, or that of the norm behind it: there the error is measured."""
-        bias: Any = self.twin.bias if self.pair is None else self.pair.norm.bias
-        return bias
+        """Return the bias of the twin, or that of the norm behind it: there the error is measured.
+
+        None if it is computed at each call (torch's prune), which would lose what is subtracted from it.
+        """
+        owner: nn.Module = self.twin if self.pair is None else self.pair.norm
+        return owner._parameters.get("bias")
 
     def put(self, net: nn.Module) -> None:
         """Let the layer and its twin change places in the model, or back again."""
