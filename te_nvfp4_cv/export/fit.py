@@ -358,5 +358,3 @@ def _other_settings(name: str, own: Mapping[str, Any], in_file: Mapping[str, Any
         for key in sorted(in_file.keys() & own.keys())
         if in_file[key] != own[key]
     ]
-
-
