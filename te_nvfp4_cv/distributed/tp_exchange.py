@@ -114,7 +114,7 @@ class SharedScales:
     """Gives the amaxes of x and dy for one call: those of all ranks for what lies in parts on them."""
 
     def __init__(self, inner: CallScales, link: Link, always: bool) -> None:
-        self.inner, self.link, self.always = inner, link, always
+        self.inner, self.link, self.always, self.group = inner, link, always, link.group
         # What is known, remembered and moved does not depend on the ranks.
         self.knows, self.collector, self.backward_ran = inner.knows, inner.collector, inner.backward_ran
         self.take_move = inner.take_move

@@ -172,6 +172,7 @@ class NormAct(torch.autograd.Function):
         s: NormSpec,
         producer: deferred.Producer | None,
     ) -> Tensor:
+        ctx.materialize_grads = False  # as layer/forward_backward.py says
         written = s.batch_stats and torch.compiler.is_compiling()
         if running_mean is not None and running_var is not None and not written:
             # .data hides from autograd that the operator may write them. Torch's own norm counts no change either, and
@@ -192,7 +193,9 @@ class NormAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 8
         saved = z, weight, bias, mean, rstd, mask = ctx.saved_tensors
         s: NormSpec = ctx.settings
         if torch.is_grad_enabled() and (dy.requires_grad or z.requires_grad):

@@ -35,10 +35,11 @@ def _zeros(w: Tensor) -> Tensor:
 class _Zeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return _zeros(w)
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dw: Tensor | None) -> Tensor | None:  # type: ignore[override]
         return dw
 
 

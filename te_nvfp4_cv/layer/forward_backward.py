@@ -11,7 +11,8 @@ the numerics want.
 
 Forward captures everything that backward needs, so backward runs the same inside and outside of the context. It saves
 4-bit codes: x's columnwise face, before im2col, and the weight's face for dgrad. Only where the recipe wants a GEMM in
-high precision is the operand itself saved. A second differentiation raises.
+high precision is the operand itself saved. A second differentiation raises. Where no gradient of y comes (None, not
+zeros), none goes on, as in torch; but ranks that wait for each other in backward compute with zeros.
 """
 
 from __future__ import annotations
@@ -310,6 +311,10 @@ class QuantizedConv(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plan: Plan, options: CallOptions
     ) -> Tensor:
         prepared = options.prepared
+        # What set_materialize_grads sets: the method is one more call at each layer.
+        ctx.materialize_grads = options.ranks is not None or (
+            options.scales is not None and options.scales.group is not None
+        )
         if prepared is not None:
             with _without_autocast(x.device.type):
                 y, together = prepared.forward(x, w, bias, options.scales)
@@ -327,7 +332,9 @@ class QuantizedConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 5
         if is_batched(dy):
             raise many_gradients()
         needs, options, tensors = ctx.needs_input_grad[:3], ctx.options, ctx.saved_tensors
@@ -353,12 +360,15 @@ class _NoSecondOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         # A copy, since the node hangs on what is returned: others may hold grad itself, and nobody may write to a view
         # that a Function returns.
         return grad.clone()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor | None) -> Any:  # type: ignore[override]
+        if ddx is None:
+            return (None,) * len(ctx.needs_input_grad)
         raise RuntimeError(
             message(
                 "nvfp4: a gradient of an NVFP4 layer was differentiated again.",

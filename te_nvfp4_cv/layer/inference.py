@@ -67,6 +67,8 @@ class StoredWeight(NamedTuple):
 class _Fixed:
     """Gives the amax that calibration has found; see options.Scales."""
 
+    group = None
+
     def __init__(self, amax: Tensor) -> None:
         # For the rowwise and the columnwise face: operators take both, though inference makes only the first.
         self._amax = amax.expand(2).contiguous()
@@ -222,7 +224,14 @@ def layer(
     return _run(x, weight, bias, plan, offsets)
 
 
-def _no_gradient(ctx: Any, *_: Any) -> Any:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _no_gradient(ctx: Any, dy: Tensor | None) -> Any:
+    if dy is None:
+        # A list for a list: torch compares the structure with that of the arguments.
+        return tuple([None] * len(n) if isinstance(n, list) else None for n in ctx.needs_input_grad)
     raise runtime_error(
         "nvfp4: a gradient reached a layer whose weight is stored in NVFP4.",
         got="backward() through an inference layer",
@@ -232,7 +241,7 @@ def _no_gradient(ctx: Any, *_: Any) -> Any:
 
 
 # torch's error for a missing formula would name the operator, not the mistake.
-layer.register_autograd(_no_gradient)
+layer.register_autograd(_no_gradient, setup_context=_setup_context)
 
 
 @layer.register_fake

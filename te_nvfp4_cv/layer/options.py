@@ -20,6 +20,8 @@ from te_nvfp4_cv.recipe.fields import Role
 class Scales(Protocol):
     """Gives amaxes that are not the operand's own: delayed ones, calibrated ones, those of all ranks."""
 
+    group: Any  # the ranks that wait for one another in both passes, or None
+
     def amax(self, role: Role, operand: Tensor) -> Tensor | None:
         """Return fp32 [2] for quantize_operand, or None if the operand's own amaxes rule."""
 

@@ -20,6 +20,7 @@ class MaskedReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        ctx.materialize_grads = False  # as forward_backward.py says
         if inplace:
             ctx.mark_dirty(x)
             y, mask = x, relu_in_place(x)
@@ -30,7 +31,9 @@ class MaskedReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None
         if is_batched(dy):
             raise many_gradients()
         (mask,) = ctx.saved_tensors
@@ -45,12 +48,15 @@ class _MaskedGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, mask: Tensor) -> Tensor:
+        ctx.materialize_grads = False
         ctx.save_for_backward(mask)
         ctx.strides = dy.stride()
         return apply_mask(dy, mask)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if ddx is None:
+            return None, None
         (mask,) = ctx.saved_tensors
         if ddx.stride() != ctx.strides:  # for the same reason
             ddx = torch.empty_strided(ddx.shape, ctx.strides, dtype=ddx.dtype, device=ddx.device).copy_(ddx)

@@ -105,12 +105,15 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, parameter: Tensor, kind: str, plan: Plan) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(w, parameter)
         ctx.kind, ctx.plan = kind, plan
         return clipped(w, parameter, kind, plan)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if g is None:
+            return None, None, None, None
         w, parameter = ctx.saved_tensors
         # The parameter is frozen: w's gradient passes straight through, and no sums are needed.
         if not ctx.needs_input_grad[1]:

@@ -364,12 +364,13 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: NVFP4Tensor, dtype: torch.dtype | None, face: str | None, undo_rht: bool | None) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.dtype = t.dtype
         return t._dequantize(dtype, face, undo_rht)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return None if grad is None else grad.to(ctx.dtype), None, None, None
 
 
 def _rebuild_nvfp4_tensor(state: dict[str, Any], is_param: bool) -> NVFP4Tensor:

@@ -84,6 +84,7 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, noise: Tensor) -> Tensor:
         """Return values + noise."""
+        ctx.set_materialize_grads(False)
         return values + noise
 
     @staticmethod
@@ -98,10 +99,13 @@ class _NoisyGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mode: _Noise, axis: int) -> Tensor:
         """Return a copy of y: an activation may write to it in place, which a view would refuse."""
+        ctx.set_materialize_grads(False)
         ctx.mode, ctx.axis = mode, axis
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return dy + noise."""
+        if grads[0] is None:
+            return None, None, None
         return grads[0] + ctx.mode._drawn(grads[0], ctx.axis, "grad_output"), None, None
