@@ -95,7 +95,7 @@ class nvfp4_autocast(ContextDecorator):  # noqa: N801  (named as torch.autocast 
 
     @no_graphs_inside
     def __exit__(self, *error: object) -> None:
-        leave()
+        leave(error != (None, None, None))
 
     def __call__(self, function: Function) -> Function:
         """Return `function`, made to run under this context; generators and coroutines each time that they go on.

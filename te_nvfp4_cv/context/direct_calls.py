@@ -75,7 +75,8 @@ def _uncounted(name: str, error: Exception) -> None:
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return function(*args, **kwargs) of a function in DIRECT, and count the call as missed."""
     y = function(*args, **kwargs)
-    if torch.compiler.is_compiling() or active_recipe() is None:
+    recipe = None if torch.compiler.is_compiling() else active_recipe()
+    if recipe is None or not recipe.nvfp4_gemms:
         return y
     call = direct_call(function, args, kwargs)
     if call is not None and call.channels >= MINIMUM and not call.weight.is_meta and not _in_a_graph():

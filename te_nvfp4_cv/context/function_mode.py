@@ -189,7 +189,7 @@ def enter(new: State) -> None:
     elif not local.states:
         if local.overrides:
             drop_stale()
-        shortfall.local.macs = shortfall.local.in_graphs = 0
+        shortfall.local.macs = shortfall.local.in_graphs = shortfall.local.asked = 0
         if shortfall.local.calls:
             shortfall.forget()
     push_state(new)
@@ -200,15 +200,15 @@ def enter(new: State) -> None:
         mode.__enter__()
 
 
-def leave() -> None:
-    """Undo the last `enter`."""
+def leave(failed: bool = False) -> None:
+    """Undo the last `enter`; failed: an exception has ended the body."""
     pop_state()
     mode, local.modes = local.modes[-1], local.modes[:-1]
     if mode is not None:
         mode.__exit__(None, None, None)
     if torch.compiler.is_compiling() or local.states:
         return
-    if shortfall.local.calls:
+    if shortfall.local.calls and not failed:
         shortfall.judge()
     if shared_amax.later.waits:
         shared_amax.later.look()

@@ -154,6 +154,8 @@ def plain(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvArgs, ch
     x = low.input(x)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     dtype = dispatch.compute_dtype(x.dtype, x.device, autocast) if emulated else x.dtype
+    if not torch.compiler.is_compiling():
+        shortfall.ask(low.geometry.macs)
     with without_function_modes():  # a context would count the call as one that it has missed
         # torch.vmap does not know memory formats.
         last = (layouts.is_channels_last(x) or channels_last) and not torch_func_is_on()

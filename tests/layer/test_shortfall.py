@@ -210,3 +210,112 @@ def test_coverage_says_it_itself():
         warnings.simplefilter("error")
         report = nv.coverage(nn.Sequential(Bank()), values((2, 16, 6, 6)))
     assert report.nvfp4_flops_share == 0
+
+
+def linears(count: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(count)))
+
+
+def test_what_the_user_asks_for_is_work_too():
+    """A small product beside layers that are in high precision as asked is not most of the work."""
+    x = values((32, 64))
+    entries = Ends(linears(3))
+    nv.set_precision(entries, {"layer.*": None})
+    assert not told(entries, x=x)
+    assert not told(Ends(linears(3)), nv.NVFP4BlockScaling(high_precision_gemms=("fprop", "dgrad", "wgrad")), x=x)
+    packed = nv.export.quantize(linears(1), [x])
+    packed[0].set_mode(activations="high")
+    assert not told(Ends(packed), x=x)
+    mostly = nn.Sequential(nn.Linear(64, 64), Ends(nn.Identity()))
+    nv.set_precision(mostly, {"0": None})
+    assert not told(mostly, x=x)
+    # But where most of the work is of another kind, that is said.
+    wide = Ends(nn.Identity())
+    wide.w = nn.Parameter(values((64, 512)))
+    unasked = nn.Sequential(nn.Linear(64, 64), wide)
+    nv.set_precision(unasked, {"0": None})
+    wide.forward = lambda x: x @ wide.w  # type: ignore[method-assign]
+    assert len(told(unasked, x=x)) == 1
+
+
+def test_a_recipe_without_gemms_asks_for_products_too():
+    model = Called(lambda x: x @ WEIGHT)
+    assert not told(model, nv.NVFP4BlockScaling(high_precision_gemms=("fprop", "dgrad", "wgrad")), x=values((32, 64)))
+    assert len(told(model, x=values((32, 64)))) == 1
+
+
+def test_a_pass_that_an_exception_ends_says_nothing():
+    class Stop(Exception):
+        pass
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank, self.rest = Bank(), nn.Sequential(conv(), conv())
+
+        def forward(self, x: Tensor, stop: bool = False) -> Tensor:
+            x = self.bank(x)
+            if stop:
+                raise Stop
+            return self.rest(x)  # type: ignore[no-any-return]
+
+    model = Half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Stop), nv.nvfp4_autocast():
+            model(values((2, 16, 6, 6)), stop=True)
+    assert not told(model)
+
+
+class Late(nn.Module):
+    """Products of many steps come before the layers, which are most of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.layers = nn.Parameter(values((16, 16))), nn.Sequential(conv(), conv(), conv())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(20):
+            x[0, :, 0].t() @ self.w
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def test_the_middle_of_a_pass_is_no_pass(monkeypatch):
+    monkeypatch.setattr(shortfall, "OFTEN", 6)
+    model = Late()
+    assert not told(model)
+    with warnings.catch_warnings(), nv.nvfp4_autocast():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(values((2, 16, 6, 6)))
+
+
+def test_a_context_inside_of_a_model_does_not_speak_for_the_model():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank, self.rest = Bank(), nn.Sequential(conv(), conv())
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in (self.bank, self.rest):
+                with nv.nvfp4_autocast():
+                    x = part(x)
+            return x
+
+    class Decorated(Bank):
+        forward = nv.nvfp4_autocast()(Bank.forward)
+
+    for model, name in ((Parts(), "a context inside of Parts"), (Decorated(), "Decorated")):
+        with pytest.warns(UserWarning, match=f"of the work of {name} runs"):
+            model(values((2, 16, 6, 6)))
+
+
+def test_the_control_of_a_trial_is_quiet():
+    from te_nvfp4_cv.cli.trial.control import control
+
+    model = Ends(nn.Linear(64, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with control(nv.NVFP4BlockScaling()):
+            model(values((32, 64)))
+    assert not told(model, x=values((32, 64)))

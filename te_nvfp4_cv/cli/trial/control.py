@@ -22,7 +22,9 @@ from te_nvfp4_cv.backend.torch_private import without_function_modes
 from te_nvfp4_cv.context.context_manager import nvfp4_autocast
 from te_nvfp4_cv.context.function_mode import decide
 from te_nvfp4_cv.context.layer_calls import LayerCalls
+from te_nvfp4_cv.layer import shortfall
 from te_nvfp4_cv.layer.execute import LayerCall
+from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 from te_nvfp4_cv.tensor.quantizer import NVFP4Quantizer
 
@@ -33,7 +35,9 @@ SEED = 3
 def control(recipe: NVFP4BlockScaling, backend: str = "auto", seed: int = SEED) -> Iterator[None]:
     """Run the layers that `nvfp4_autocast(recipe)` would run in NVFP4 in high precision with noise, as above."""
     # The context is entered so that its rules decide, set_precision's too; the inner mode takes every call from it.
-    with nvfp4_autocast(recipe, backend=backend), _Noise(recipe, seed):
+    # No layer runs in NVFP4 here, which is meant.
+    quiet = replaced(shortfall.local, quiet=True)
+    with quiet, nvfp4_autocast(recipe, backend=backend), _Noise(recipe, seed):
         yield
 
 
