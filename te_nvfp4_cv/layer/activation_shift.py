@@ -28,9 +28,11 @@ def shifted(op: str, x: Tensor, w: Tensor, args: ConvArgs) -> tuple[Tensor, Tens
     rank = w.dim() - 2
     channel = x.dim() - 1 - rank
     with torch.autocast(x.device.type, enabled=False), without_function_modes():
-        real = x.float()
+        real, others = x.float(), [axis for axis in range(x.dim()) if axis != channel]
         with torch.no_grad():
-            m = real.mean([axis for axis in range(x.dim()) if axis != channel])
+            # In fp64, so that equal values are their mean: what rounding left of them would be the amax that a delayed
+            # scale goes by. Without other axes, x is one row and the mean itself; no axes would mean all to torch.
+            m = x.mean(others, dtype=torch.float64).float() if others else real.detach()
         # In fp32: the difference of two bf16 numbers is exact there.
         return (real - m.reshape(-1, *(1,) * rank)).to(x.dtype), constant(op, x, w.float(), m, args)
 

@@ -1,5 +1,6 @@
 """activation_shift="mean": exact algebra around the quantized product, in training and in every kind of call."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import te_nvfp4_cv as nv
 from te_nvfp4_cv.ops.geometry import ConvArgs
 from tests.helpers import relative_error, same_bits, values
+from tests.layers import BACKENDS
 
 PLAIN = nv.NVFP4BlockScaling()
 SHIFTED = nv.NVFP4BlockScaling(activation_shift="mean")
@@ -44,7 +46,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def step(
-    layer: nn.Module, x: Tensor, recipe: Any, called: Any = None, centered: bool = False
+    layer: nn.Module, x: Tensor, recipe: Any, called: Any = None, centered: bool = False, backend: str = "auto"
 ) -> dict[str, Tensor]:
     """Return y and the gradients of a step, for an output gradient that has nothing to do with x.
 
@@ -54,7 +56,7 @@ def step(
     """
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    with nv.nvfp4_autocast(recipe or PLAIN, enabled=recipe is not None):
+    with nv.nvfp4_autocast(recipe or PLAIN, enabled=recipe is not None, backend=backend):
         y = layer(x) if called is None else called(x)
     dy = values(tuple(y.shape), seed=7)
     torch.manual_seed(1)
@@ -142,6 +144,49 @@ def test_empty_inputs_and_recipes_of_files(tmp_path: Path) -> None:
         nv.NVFP4BlockScaling(activation_shift="median")
 
 
+ONE_ROW: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "pooled": (lambda: nn.Conv2d(64, 32, 1), (1, 64, 1, 1)),  # squeeze and excitation
+    "pooled, thin": (lambda: nn.Conv2d(20, 36, 1), (1, 20, 1, 1)),
+    "without a batch": (lambda: nn.Conv2d(64, 32, 1), (64, 1, 1)),
+    "padded": (lambda: nn.Conv2d(64, 32, 3, padding=1), (1, 64, 1, 1)),
+    "groups": (lambda: nn.Conv1d(64, 32, 1, groups=2), (1, 64, 1)),
+    "transposed": (lambda: nn.ConvTranspose2d(64, 32, 2, stride=2), (1, 64, 1, 1)),
+    "linear": (lambda: nn.Linear(64, 32), (1, 64)),
+    "a vector": (lambda: nn.Linear(64, 32), (64,)),
+}
+
+
+@pytest.mark.parametrize("scale", ["current", "delayed", "current_pow2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row_is_its_own_mean(name: str, backend: str, scale: str) -> None:
+    """Nothing is left to be quantized of x: y, dw and db are exact, and dx is that of the layer without a shift."""
+    torch.manual_seed(0)
+    make, shape = ONE_ROW[name]
+    layer, x = make(), 3 + values(shape)
+    recipe = replace(SHIFTED, tensor_scale=scale, disable_stochastic_rounding=True)
+    truth, plain = step(layer, x, None), step(copy.deepcopy(layer), x, recipe.unshifted, backend=backend)
+    for _ in range(2):
+        found = step(layer, x, recipe, backend=backend)
+        assert all(torch.isfinite(value).all() for value in found.values())
+        assert relative_error(found["dx"], plain["dx"]) < 1e-6
+        for key in ("y", "weight", "bias"):
+            assert relative_error(found[key], truth[key]) < 1e-5, key
+        reference = step(layer, x, recipe, backend="reference")
+        for key, value in reference.items():
+            assert relative_error(found[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_of_one_colour_leaves_nothing_that_a_delayed_scale_goes_by(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, recipe = nn.Conv2d(16, 32, 1).to(dtype), replace(SHIFTED, tensor_scale="delayed")
+    colour = torch.full((3, 16, 7, 7), 1 / 3).to(dtype)
+    for x in (values((3, 16, 7, 7)).to(dtype), colour, values((3, 16, 7, 7), seed=2).to(dtype)):
+        found, truth = step(layer, x, recipe)["y"], step(layer, x, None)["y"]
+        assert relative_error(found, truth) < 0.25
+
+
 def test_a_file_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     layer, x = made("linear")
     with pytest.raises(ValueError, match=r"shifts its input[\s\S]*nv.export.quantize"):
@@ -149,4 +194,3 @@ def test_a_file_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     quantized = nv.export.quantize(nn.Sequential(layer), [x], SHIFTED)
     assert quantized[0].shift is not None
     nv.export.save(quantized, tmp_path / "net", SHIFTED)
-
