@@ -221,16 +221,20 @@ class _Normalize(torch.autograd.Function):
         x, mean, scale, weight = ctx.saved_tensors
         together, dx, dw, db = ctx.together, None, None, None
         wide, normal = dy.double(), (x.double() - mean).mul_(scale)
-        others = [axis for axis in range(x.dim()) if axis != together.axis]
         if ctx.needs_input_grad[0]:
             g = wide if weight is None else wide * _along(weight, wide, together.axis)
             first, second = together.totals(g, g * normal)
             dx = ((g - (first + normal * second) / together.size) * scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (wide * normal).sum(others).to(weight.dtype)
+            dw = _by_channel(wide * normal, together.axis).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = wide.sum(others).to(ctx.bias_dtype)
+            db = _by_channel(wide, together.axis).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None
+
+
+def _by_channel(values: Tensor, axis: int) -> Tensor:
+    """Return the sums over all axes but one. Torch's sum over no axes would be that over all, of a vector too."""
+    return values.movedim(axis, -1).reshape(-1, values.shape[axis]).sum(0)
 
 
 def _along(vector: Tensor, x: Tensor, axis: int) -> Tensor:
