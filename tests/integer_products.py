@@ -72,11 +72,12 @@ def draw_geometry(choose: Choose) -> ConvGeometry:
             kernel, stride = ([choose(sizes) for _ in range(rank)] for sizes in ((1, 2, 3, 3, 5), (1, 1, 2, 3)))
             padding, dilation = ([choose(sizes) for _ in range(rank)] for sizes in ((0, 1, 1, 2), (1, 1, 2)))
         else:  # 1x1 convolutions have code of their own
-            kernel, stride, padding, dilation = [1] * rank, [1] * rank, [0] * rank, [choose((1, 1, 2))] * rank
+            kernel, stride, padding, dilation = [1] * rank, [1] * rank, [0] * rank, [1] * rank
         transposed = choose((True, False, False))
-        # Output padding is smaller than the stride or the dilation.
-        most = map(max, stride, dilation)
-        extra = tuple(choose(tuple(range(size))) if transposed else 0 for size in most)
+        # Output padding is smaller than the stride, or than the dilation.
+        extra = tuple(
+            choose(tuple(range(max(s, d)))) if transposed else 0 for s, d in zip(stride, dilation, strict=True)
+        )
         more = (tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), extra)
         g = make_geometry(choose(BATCHES), channels, image, *more, groups, transposed)  # type: ignore[arg-type]
         if min(g.x_shape) > 0 and min(g.y_shape) > 0 and g.macs <= LARGEST:

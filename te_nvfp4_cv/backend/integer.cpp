@@ -315,6 +315,14 @@ inline void panel_of_rows(const uint8_t* codes, int64_t step, int rows, const ui
     finish_panel(out, scale, scale_step, columns, bytes);
 }
 
+// Whether every pixel of either side reads the pixel of its own place: a 1x1 kernel of stride 1, without padding of any kind.
+// Output padding makes the a side of a transposed convolution larger than the b side.
+inline bool own_pixel(const int64_t* a, const int64_t* b, const int64_t* taps, const int64_t* stride, const int64_t* padding) {
+    bool own = true;
+    for (int axis = 0; axis < 3; ++axis) own = own && taps[axis] == 1 && stride[axis] == 1 && padding[axis] == 0 && a[axis] == b[axis];
+    return own;
+}
+
 // ------------------------------------------------------------------------------------------------ fprop and dgrad
 struct Kernel {             // see native.py: the same fields in the same order
     const uint8_t *codes, *scale; uint8_t* panels;                 // panels [groups, blocks of outputs, T, blocks of inputs, PANEL]
@@ -507,9 +515,7 @@ void store_tile(const Data& d, const Tile& tile, int64_t rows, int64_t channel, 
 
 template <class T>
 void data_product(Data d) {
-    // Output padding, which dilation allows here, too, makes images of two sizes, and these take the long way.
-    const bool same = std::equal(d.in, d.in + 3, d.out);
-    if (same && d.taps[0] * d.taps[1] * d.taps[2] == 1 && d.stride[0] * d.stride[1] * d.stride[2] == 1 && !d.padding[0] && !d.padding[1] && !d.padding[2]) {
+    if (own_pixel(d.in, d.out, d.taps, d.stride, d.padding)) {
         d.in[2] = d.out[2] = d.batch * d.in[0] * d.in[1] * d.in[2];           // 1x1: every pixel reads itself, so all are one row
         d.in[0] = d.in[1] = d.out[0] = d.out[1] = d.batch = 1;
     }
@@ -657,8 +663,7 @@ template <class T, class S>
 void weight_product(WeightGradient w, S bytes) {
     const int64_t taps = w.taps[0] * w.taps[1] * w.taps[2], panel_pixels = w.records_on_b ? w.a[0] * w.a[1] * w.a[2] : w.b[0] * w.b[1] * w.b[2];
     Steps steps{panel_pixels * w.n16, w.n16, INT64_MAX};
-    const bool same = std::equal(w.a, w.a + 3, w.b);               // not so with output padding
-    if (same && taps == 1 && w.stride[0] * w.stride[1] * w.stride[2] == 1 && !w.padding[0] && !w.padding[1] && !w.padding[2]) {
+    if (own_pixel(w.a, w.b, w.taps, w.stride, w.padding)) {
         steps.limit = steps.total;                                 // step meets step: cut all of them into rows of 64
         w.a[0] = w.b[0] = (steps.total + 63) / 64; w.a[1] = w.b[1] = w.n16 = 1; w.a[2] = w.b[2] = 64;
     }

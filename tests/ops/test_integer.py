@@ -72,6 +72,12 @@ LARGE = {
     "slabs of a transposed layer": make_geometry(16, (16, 33), (30, 5), 3, 2, 1, transposed=True),
     "a band of several rows": make_geometry(16, (17, 16), (70, 3), 3, 1, 1),
     "rows of a 1x1 layer": make_geometry(32, (37, 48), (9, 11), 1),
+    "a 1x1 layer whose output is padded": make_geometry(
+        16, (37, 48), (5, 6), 1, dilation=2, output_padding=1, transposed=True
+    ),
+    "a 1x1 signal whose output is padded": make_geometry(
+        3, (32, 48), (9,), 1, dilation=3, output_padding=2, transposed=True
+    ),
     "many channels": make_geometry(3, (210, 150), (4, 5), 3, 1, 1),
     "a stride beyond the kernel": make_geometry(2, (32, 16), (13, 14), 2, 3),
     "taps that read only padding": make_geometry(5, (16, 16), (2, 3), 5, 1, 4, 2),
