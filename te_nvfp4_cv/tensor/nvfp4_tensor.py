@@ -10,7 +10,8 @@ Scales are compact; swizzled_scale_inv gives the padded, swizzled order of the F
 
 An NVFP4Tensor behaves as a torch.Tensor of its nominal dtype. Views of the leading dimensions, detach, clone, to,
 copy_, zero_, pickling, torch.save and deepcopy act on the codes. Every other operator sees dequantized values, and an
-in-place one quantizes its result again with the quantizer that the tensor holds.
+in-place one quantizes its result again with the quantizer that the tensor holds; so do `t[index] = v` and `t.data = v`.
+Slices, transposes and other views are copies: what is written to them does not reach the tensor.
 """
 
 from __future__ import annotations
@@ -26,16 +27,7 @@ from te_nvfp4_cv import errors, formats
 from te_nvfp4_cv.backend.torch_private import wrapper_subclass
 from te_nvfp4_cv.formats import BLOCK, E4M3_MAX
 from te_nvfp4_cv.tensor import layouts, torch_operators
-from te_nvfp4_cv.tensor.torch_operators import BUFFERS
-
-READING = (  # how codes were made, and so how they are read
-    "_row_scaled_nvfp4",
-    "_nvfp4_use_4over6",
-    "_nvfp4_e4m3_max",
-    "_columnwise_rht",
-    "_with_random_sign_mask",
-)
-SETTINGS = ("_quantizer", *READING, "_columnwise_layout")
+from te_nvfp4_cv.tensor.torch_operators import BUFFERS, SETTINGS
 
 
 class NVFP4Tensor(torch.Tensor):
@@ -117,9 +109,7 @@ class NVFP4Tensor(torch.Tensor):
                 fix="make the tensor with an NVFP4Quantizer with rowwise=True or columnwise=True",
             )
         # A shape and a dtype without memory: the buffers below are all that is stored.
-        self = wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=data.device, requires_grad=requires_grad
-        )
+        self = wrapper_subclass(cls, tuple(shape), dtype=dtype, device=data.device, requires_grad=requires_grad)
         self._rowwise_data, self._rowwise_scale_inv, self._amax_rowwise = row
         self._columnwise_data, self._columnwise_scale_inv, self._amax_columnwise = col
         # A copy: later changes of the caller's quantizer must not change what an in-place operator does here.
@@ -208,7 +198,7 @@ class NVFP4Tensor(torch.Tensor):
             self._columnwise_data = self._columnwise_scale_inv = self._amax_columnwise = None
 
     def _is_2d(self) -> bool:
-        return self._rowwise_data is not None and getattr(self._quantizer, "with_2d_quantization", False)
+        return self._rowwise_data is not None and torch_operators.has_tiles(self)
 
     def _need(self, face: str) -> None:
         """Refuse to go on without `face`.
@@ -265,12 +255,7 @@ class NVFP4Tensor(torch.Tensor):
     def quantize_(self, src: Tensor, noop_flag: Tensor | None = None) -> NVFP4Tensor:
         """Quantize `src` into this tensor's buffers, in place. Where the tensor noop_flag is 1, all stays as it is."""
         if self._quantizer is None:
-            raise errors.runtime_error(
-                "NVFP4Tensor: it cannot be written to.",
-                got="an in-place operator on a tensor without a quantizer",
-                needs="the quantizer that made it",
-                fix="build it as quantizer(x), or write to x.dequantize()",
-            )
+            raise torch_operators.without_quantizer("an in-place operator on a tensor without a quantizer")
         self._quantizer.update_quantized(src, self, noop_flag=noop_flag)
         return self
 
@@ -286,6 +271,14 @@ class NVFP4Tensor(torch.Tensor):
     def half(self, memory_format: Any = None) -> Tensor:
         """Return the values in fp16."""
         return self.dequantize(torch.float16)
+
+    # What torch would do without asking __torch_dispatch__.
+    data = property(torch_operators.data, torch_operators.set_data)
+    __setitem__ = torch_operators.set_item
+    apply_ = torch_operators.apply_  # type: ignore[assignment]
+    share_memory_ = torch_operators.share_memory_
+    is_shared = torch_operators.is_shared
+    __dlpack__ = torch_operators.dlpack
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         faces = "+".join(name for name, held in self.get_usages().items() if held)

@@ -21,7 +21,8 @@ from te_nvfp4_cv.formats import BLOCK, E4M3_MAX, round_up
 from te_nvfp4_cv.ops.quantize import amax as amaxes
 from te_nvfp4_cv.ops.quantize import matrix as ops
 from te_nvfp4_cv.ops.quantize import reference_matrix, rounding_seeds
-from te_nvfp4_cv.tensor.nvfp4_tensor import READING, NVFP4Tensor
+from te_nvfp4_cv.tensor.nvfp4_tensor import NVFP4Tensor
+from te_nvfp4_cv.tensor.torch_operators import READING, has_tiles
 
 
 class NVFP4Quantizer:
@@ -187,6 +188,8 @@ class NVFP4Quantizer:
                 old_bytes.copy_(new_bytes)
         for name in READING:
             setattr(dst, name, getattr(new, name))
+        if has_tiles(dst) and not self.with_2d_quantization:
+            dst._quantizer = self.copy()  # scales of tiles are gone, and with them the way from one face to the other
         return dst
 
     def make_empty(

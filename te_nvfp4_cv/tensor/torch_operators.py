@@ -6,6 +6,9 @@
 A view that changes the last dimension would cut blocks, so it is a copy of the values, with a warning. A tensor without
 a quantizer refuses to be written to (NVFP4Tensor.quantize_). Values of a rotated columnwise-only tensor are rotated
 back. Handlers get the class from their caller, so that this file need not import nvfp4_tensor.py.
+
+Some of what torch does goes past its dispatcher, to memory that a tensor of codes does not have: an assignment to an
+index or to .data would be lost, and a null pointer read. For these NVFP4Tensor has the functions at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from te_nvfp4_cv import errors
 from te_nvfp4_cv.backend.torch_private import tree_leaves, tree_map
 
 aten = torch.ops.aten
@@ -30,6 +34,14 @@ BUFFERS = (
     "_amax_rowwise",
     "_amax_columnwise",
 )
+READING = (  # how codes were made, and so how they are read
+    "_row_scaled_nvfp4",
+    "_nvfp4_use_4over6",
+    "_nvfp4_e4m3_max",
+    "_columnwise_rht",
+    "_with_random_sign_mask",
+)
+SETTINGS = ("_quantizer", *READING, "_columnwise_layout")
 
 
 def dispatch(cls: Any, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -75,9 +87,9 @@ def _clone(cls: Any, func: Any, t: Any, memory_format: Any = None) -> Any:
 
 def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
     """Move the codes to another device; another dtype is only the nominal one (float(), half() give values)."""
-    if kwargs.get("layout") not in (None, torch.strided):
-        return NotImplemented
     dtype = kwargs.get("dtype") or t.dtype
+    if kwargs.get("layout") not in (None, torch.strided) or not dtype.is_floating_point:
+        return NotImplemented  # integers and bool are other values, which a later float() must not undo
     moves = {key: kwargs[key] for key in ("device", "non_blocking") if kwargs.get(key) is not None}
     # The dtype is left out here: each buffer keeps that of its format.
     return t.map_buffers(lambda b: aten._to_copy.default(b, **moves), dtype=dtype)
@@ -85,10 +97,12 @@ def _to_copy(cls: Any, func: Any, t: Any, **kwargs: Any) -> Any:
 
 def _view(cls: Any, func: Any, t: Any, size: Any) -> Any:
     """Share the codes in views that keep the last dimension; other views copy dequantized values, with a warning."""
-    size = list(size)
+    asked, size = size, list(size)
     if -1 in size:
         known = -prod(size)  # of all lengths but the one to find
         size[size.index(-1)] = t.numel() // max(known, 1)
+    if prod(size) != t.numel():
+        torch.empty(t.shape, device="meta").view(asked)  # raises torch's own error
     if not size or size[-1] != t.shape[-1]:
         warnings.warn(
             f"NVFP4Tensor {tuple(t.shape)} viewed as {tuple(size)}: blocks lie along the last dimension, so this "
@@ -124,6 +138,7 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
     # 4over6 is not among these: it chooses scales, but codes are read alike with and without it.
     form = ("_row_scaled_nvfp4", "_nvfp4_e4m3_max", "_columnwise_rht", "_with_random_sign_mask")
     usable = src.shape == dst.shape and all(getattr(src, name) == getattr(dst, name) for name in form)
+    usable = usable and (has_tiles(src) or not has_tiles(dst))
     if not usable or any(held and not src.get_usages()[face] for face, held in dst.get_usages().items()):
         return dst.quantize_(src._dequantize().to(dst.device).expand(dst.shape))
     if dst._columnwise_data is not None:  # the layout may differ, since it changes no code
@@ -131,6 +146,11 @@ def _copy_(cls: Any, func: Any, dst: Any, src: Any, non_blocking: bool = False) 
     for name, buffer in dst._buffers().items():
         buffer.copy_(getattr(src, name).view(buffer.shape), non_blocking)
     return dst
+
+
+def has_tiles(t: Any) -> bool:
+    """Return True if t's quantizer gives each 16x16 tile one scale, so that either face can be made from the other."""
+    return getattr(t._quantizer, "with_2d_quantization", False)
 
 
 def _zero_(cls: Any, func: Any, t: Any) -> Any:
@@ -151,3 +171,83 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.zero_.default: _zero_,
 }
+
+
+# ---- past the dispatcher ---------------------------------------------------------------------------------------------
+
+
+def data(t: Any) -> Any:
+    """Return an alias without a gradient, as torch's `data` does."""
+    return Tensor.data.__get__(t)  # type: ignore[attr-defined]
+
+
+def set_data(t: Any, value: Tensor) -> None:
+    """Let t hold `value`: another NVFP4Tensor's buffers and settings, or the codes of plain values.
+
+    Raises:
+        RuntimeError: plain values for a tensor without a quantizer.
+    """
+    new = value if isinstance(value, type(t)) else _codes_of(t, value.detach())
+    Tensor.data.__set__(t, new)  # type: ignore[attr-defined]  # shape and nominal dtype
+    for name in (*BUFFERS, *SETTINGS):
+        setattr(t, name, getattr(new, name))
+
+
+def _codes_of(t: Any, values: Tensor) -> Any:
+    """Quantize values as t was; its own ones, as Module.half() assigns them, keep their codes."""
+    same = values.shape == t.shape and values.device == t.device and not values.is_meta
+    if same and torch.equal(t._dequantize(values.dtype), values):
+        return t.make_like(dtype=values.dtype)
+    if t._quantizer is None:
+        raise without_quantizer("an assignment of plain values to data")
+    quantizer = t._quantizer.copy()
+    quantizer.set_usage(**t.get_usages())
+    return quantizer(values).to_columnwise_layout(t._columnwise_layout)
+
+
+def set_item(t: Any, index: Any, value: Any) -> None:
+    """Write to a part of t: the whole is quantized again, as after every in-place operator."""
+    values = t.dequantize().clone()  # autograd refuses to write to a part of what a Function returned
+    values[index] = value
+    t.copy_(values)
+
+
+def apply_(t: Any, function: Callable[[Any], Any]) -> Any:
+    """Replace each value by the function's, and quantize again."""
+    return t.copy_(t._dequantize().apply_(function))
+
+
+def share_memory_(t: Any) -> Any:
+    """Move the buffers to memory that processes share."""
+    for buffer in t._buffers().values():
+        buffer.share_memory_()
+    return t
+
+
+def is_shared(t: Any) -> bool:
+    """Tell if the buffers lie in memory that processes share."""
+    return all(buffer.is_shared() for buffer in t._buffers().values())
+
+
+def dlpack(t: Any, **_: Any) -> Any:
+    """Refuse to give a pointer to values, of which there are none.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise errors.runtime_error(
+        "NVFP4Tensor: its values have no memory that DLPack could share.",
+        got="__dlpack__() of an NVFP4Tensor",
+        needs="a plain tensor",
+        fix="pass t.dequantize(), or one of its buffers",
+    )
+
+
+def without_quantizer(got: str) -> RuntimeError:
+    """Make the error of writing to a tensor that nothing could quantize again."""
+    return errors.runtime_error(
+        "NVFP4Tensor: it cannot be written to.",
+        got=got,
+        needs="the quantizer that made it",
+        fix="build it as quantizer(x), or write to x.dequantize()",
+    )

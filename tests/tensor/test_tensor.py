@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -122,6 +123,15 @@ def test_a_view_that_cuts_blocks_is_a_copy_of_values():
     assert torch.equal(cut, t.dequantize().view(8, 16))
 
 
+@pytest.mark.parametrize("face", ["rowwise", "columnwise"])
+def test_a_view_has_as_many_elements(face):
+    t = quantizer(**{"rowwise": False, "columnwise": False, face: True})(sample(4, 32))
+    for size in ((3, 32), (8, 32), (-1, -1, 32)):
+        with pytest.raises(RuntimeError, match="invalid for input|only one dimension"):
+            t.view(size)
+    assert t.view(-1, 2, 32).dequantize().shape == (2, 2, 32)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_zero_(options):
     t = quantizer(**options)(sample(4, 32))
@@ -212,6 +222,54 @@ def test_in_place_operators_quantize_again():
     assert torch.equal(plain, x + t.dequantize())
 
 
+def test_assignment_to_an_index_quantizes_again():
+    t = quantizer()(sample(4, 32))
+    for index, value in ((0, 3.0), (sample(4, 32) > 0, 0.0), ((slice(2), 5), sample(2))):
+        v = t.dequantize()
+        v[index] = t[index] = value
+        assert_same(t, quantizer()(v))
+    leaf = torch.nn.Parameter(t)
+    with pytest.raises(RuntimeError, match="leaf"):
+        leaf[0] = 1.0
+
+
+def test_assignment_to_data():
+    for options in ({}, {"with_rht": True}, {"columnwise": False}):
+        p, other = (torch.nn.Parameter(quantizer(**options)(sample(16, 32, seed=seed))) for seed in (0, 1))
+        p.data = other
+        assert_same(p.data, other.data)
+        p.data = p.data * 0.5  # plain values
+        assert_same(p.data, quantizer(**options)(other.dequantize() * 0.5))
+        assert p.requires_grad and isinstance(p, torch.nn.Parameter)
+    p.data = quantizer()(sample(3, 48))
+    assert p.shape == p.dequantize().shape == (3, 48) and p.get_usages()["columnwise"]
+    with pytest.raises(RuntimeError, match="fix:"):
+        quantizer()(sample(4, 32)).make_like(quantizer=None).data = sample(4, 32, seed=1)
+
+
+def test_casts_of_a_module_keep_the_codes():
+    layer = torch.nn.Linear(32, 16)
+    layer.weight = torch.nn.Parameter(quantizer()(sample(16, 32)))
+    codes = layer.weight.rowwise_data.clone()
+    for cast, dtype in (("half", torch.float16), ("float", torch.float32), ("double", torch.float64)):
+        assert getattr(layer, cast)().weight.dtype == dtype
+        assert torch.equal(layer.weight.rowwise_data, codes)
+
+
+def test_casts_to_integers_are_of_the_values():
+    t = quantizer()(sample(4, 32))
+    assert torch.equal(t.int().float(), t.dequantize().trunc()) and torch.equal(t.bool(), t.dequantize().bool())
+
+
+def test_what_torch_does_past_its_dispatcher():
+    t = quantizer()(sample(4, 32))
+    v = t.dequantize()
+    assert not t.is_shared() and t.share_memory_() is t and t.is_shared() and torch.equal(t.dequantize(), v)
+    assert_same(t.apply_(lambda value: -value), quantizer()(-v))
+    with pytest.raises(RuntimeError, match="DLPack"):
+        torch.from_dlpack(t)
+
+
 def test_writing_without_a_quantizer_raises():
     t = quantizer()(sample(4, 32)).make_like(quantizer=None)
     with pytest.raises(RuntimeError, match="fix:"):
@@ -270,6 +328,12 @@ def test_update_usage():
         plain.update_usage(columnwise_usage=True)
     with pytest.raises(ValueError, match="face"):
         plain.update_usage(rowwise_usage=False)
+    for write in (lambda t, q: t.copy_(q(x * 3)), lambda t, q: q(x * 3, out=t)):  # codes without scales of tiles
+        made = quantizer(with_2d_quantization=True, columnwise=False)(x)
+        write(made, quantizer(columnwise=False))
+        with contextlib.suppress(ValueError):  # there is no way to the other face then
+            made.update_usage(columnwise_usage=True)
+            assert torch.equal(made.dequantize(face="columnwise"), made.dequantize(face="rowwise"))
     made = quantizer(with_2d_quantization=True, columnwise=False)(x)
     made.update_usage(rowwise_usage=False, columnwise_usage=True)
     assert made.get_usages() == {"rowwise": False, "columnwise": True}
