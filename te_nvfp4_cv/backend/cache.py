@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from te_nvfp4_cv.backend.compilation import cache_folder
+from te_nvfp4_cv.backend.compilation import cache_folder, ready
 from te_nvfp4_cv.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -87,18 +87,28 @@ def identity(device: torch.device) -> dict[str, str]:
 # ---- JSON files -----------------------------------------------------------------------------------------------------
 
 
-def _path(kind: str, key: dict[str, str]) -> Path:
-    """Return the path of the file of this kind and identity."""
+def _name(kind: str, key: dict[str, str]) -> str:
+    """Return the name of the file of this kind and identity."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"{kind}_{digest}.json"
+    return f"{kind}_{digest}.json"
+
+
+def _text(name: str) -> str | None:
+    """Return what a file of this name says: one of this process, or one that came with a folder that is only read."""
+    places: tuple[Callable[[], Path | None], ...] = (lambda: cache_folder() / name, lambda: ready(name))
+    for place in places:
+        with contextlib.suppress(OSError, ValueError):  # absent, unreadable, not UTF-8
+            if (path := place()) is not None:
+                return path.read_text()
+    return None
 
 
 def read(kind: str, device: torch.device) -> dict[str, Any] | None:
     """Return the content of the file of this kind that was written for the device's present identity, or None."""
     key = identity(device)
     try:
-        found = json.loads(_path(kind, key).read_text())
-    except (OSError, ValueError):  # absent, unreadable, not UTF-8, not JSON
+        found = json.loads(_text(_name(kind, key)) or "")
+    except ValueError:  # not JSON
         return None
     # The identity is compared, too: two of them may share the 16 digits in the name, and a user may copy files.
     if not isinstance(found, dict) or found.get("identity") != key or not isinstance(found.get("content"), dict):
@@ -111,8 +121,8 @@ def write(kind: str, device: torch.device, content: dict[str, Any]) -> bool:
     key = identity(device)
     text = json.dumps({"identity": key, "content": content}, indent=1, sort_keys=True)
     try:
-        write_atomically(_path(kind, key), text.encode())
-    except RuntimeError:
+        write_atomically(cache_folder() / _name(kind, key), text.encode())
+    except (RuntimeError, OSError):  # the latter where there is no folder at all, not even a temporary one
         return False
     return True
 

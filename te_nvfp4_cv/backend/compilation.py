@@ -9,6 +9,7 @@ runs this file alone when it builds a wheel, and `make demo` while pip installs 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _FOLDER = Path(__file__).parent
 SOURCES = [_FOLDER / "native.cpp", _FOLDER / "integer.cpp", _FOLDER / "block_formats.cpp"]
@@ -49,7 +51,9 @@ WHEEL_MACHINES = {
 def compiler() -> str | None:
     """Return the C++ compiler command to use (that of `CXX`, else g++, clang++ or c++), or None if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        words = shlex.split(name) if name else []
+        words: list[str] = []
+        with contextlib.suppress(ValueError):  # a quote that does not close
+            words = shlex.split(name or "")
         if words and (found := shutil.which(words[0])):  # CXX may hold options, too: "ccache g++"
             return shlex.join([found, *words[1:]])
     return None
@@ -70,21 +74,39 @@ def digest(*more: str) -> str:
     return hashlib.sha256("\0".join([*texts, *more]).encode()).hexdigest()[:20]
 
 
+def _asked_folder() -> Path:
+    """Return TE_NVFP4_CV_CACHE, or te_nvfp4_cv in the user's cache, whether it is there or not."""
+    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
+
+
 @functools.lru_cache(maxsize=1)
 def cache_folder() -> Path:
     """Return the folder for compiled kernels and JSON files: TE_NVFP4_CV_CACHE, or te_nvfp4_cv in the user's cache.
 
     If that folder cannot be written, the answer is a temporary one, which this process keeps to its end.
     """
-    override, shared = os.environ.get("TE_NVFP4_CV_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(override) if override else (Path(shared) if shared else Path.home() / ".cache") / "te_nvfp4_cv"
+    with contextlib.suppress(OSError, RuntimeError):  # no rights, or no home
+        base = _asked_folder()
         base.mkdir(parents=True, exist_ok=True)
         if os.access(base, os.W_OK):
             return base
-    except (OSError, RuntimeError):  # no rights, or no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
+    folder = Path(tempfile.mkdtemp(prefix="te_nvfp4_cv_"))
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a fork of it may end first
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ready(name: str) -> Path | None:
+    """Return a file of the folder that cache_folder would choose, or None; the folder may be one that is only read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _asked_folder() / name
+        return path if os.access(path, os.R_OK) else None
+    return None
 
 
 def attempts(machine: str) -> list[list[str]]:
@@ -98,9 +120,11 @@ def attempts(machine: str) -> list[list[str]]:
 def cached(cxx: str, machine: str) -> Path:
     """Return where the kernels for a machine are kept once this compiler has compiled them."""
     command = [*shlex.split(cxx), "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     # In a home folder shared by several machines each processor needs its build.
-    return cache_folder() / f"native_{digest(cxx, version, features(), str([FLAGS, attempts(machine)]))}.so"
+    key = digest(cxx, said.partition("\n")[0], features(), str([FLAGS, attempts(machine)]))
+    name = f"native_{key}.so"
+    return ready(name) or cache_folder() / name
 
 
 def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
@@ -112,7 +136,8 @@ def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
             running = []
             for step in steps:
                 command = [*shlex.split(cxx), *step]
-                running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+                pipes: Any = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+                running.append(subprocess.Popen(command, **pipes))
                 stack.enter_context(running[-1])
                 stack.callback(running[-1].kill)  # after a fault, or Ctrl-C, nobody waits for the others
             for process in running:
@@ -120,7 +145,7 @@ def _build(cxx: str, flags: list[str], link: list[str], target: str) -> str:
                 if process.returncode != 0:
                     return said or f"status {process.returncode}"
         command = [*shlex.split(cxx), *link, "-shared", *objects, "-o", target]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
         return (run.stderr or f"status {run.returncode}") if run.returncode != 0 else ""
 
 
@@ -132,17 +157,15 @@ def compile_here(cxx: str, machine: str, target: Path) -> None:
     Raises:
         OSError: no set of flags works.
     """
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
     error = ""
-    try:
+    # A file from mkstemp could be read by this user alone, and the folder may serve several.
+    with tempfile.TemporaryDirectory(prefix="build_", dir=target.parent) as folder:
+        made = Path(folder) / target.name
         for flags in attempts(machine):
-            error = _build(cxx, [*FLAGS, *flags], flags, temporary)
+            error = _build(cxx, [*FLAGS, *flags], flags, str(made))
             if not error:
-                os.replace(temporary, target)
+                os.replace(made, target)
                 return
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     raise OSError(f"{cxx} could not build the CPU kernels: {error.strip()[-800:]}")
 
 
