@@ -1,8 +1,8 @@
 """The layouts of TransformerEngine's tensors and of the FP4 tensor cores, beside those of the operators.
 
-te_to_ntile, ntile_to_te    columnwise codes of an image tensor: TransformerEngine's rows against tiles of 16 images
-pad_scales, swizzle_scales  block scales in the order in which cuBLAS reads them; swizzle_row_groups and others: the
-                            scales of experts, for grouped products
+    te_to_ntile, ntile_to_te    columnwise codes of an image tensor: TransformerEngine's rows against tiles of 16 images
+    pad_scales, swizzle_scales  block scales in the order in which cuBLAS reads them; swizzle_row_groups and others: the
+                                scales of experts, for grouped products
 """
 
 from __future__ import annotations

@@ -162,7 +162,12 @@ class NVFP4Quantizer:
         noop_flag: Tensor | None = None,
         seed: Tensor | int | None = None,
     ) -> NVFP4Tensor:
-        """Quantize src into dst's buffers, in the faces that dst has. Where noop_flag is 1, dst stays as it is."""
+        """Quantize src into dst's buffers, in the faces that dst has. Where noop_flag is 1, dst stays as it is.
+
+        Raises:
+            ValueError: shapes differ; or one of the two has a scale per row and the other has not; or, with noop_flag,
+                dst's codes are to be read in another way than this quantizer's.
+        """
         if tuple(src.shape) != tuple(dst.shape):
             raise errors.value_error(
                 "NVFP4Quantizer: source and destination differ in shape.",
@@ -178,6 +183,15 @@ class NVFP4Quantizer:
         # Quantizing gives TransformerEngine's layout, while dst may hold tiles.
         if usages["columnwise"]:
             new = new.to_columnwise_layout(dst.columnwise_layout)
+        # Buffers of scales per row have other shapes. How codes are read is known here, the flag on the device only.
+        ours, theirs = ((t.row_scaled, t.e4m3_max, *_rotation(t)) for t in (new, dst))
+        if ours[0] != theirs[0] or (noop_flag is not None and ours != theirs):
+            raise errors.value_error(
+                "NVFP4Quantizer: it cannot write into this tensor.",
+                got=f"{self!r}, a tensor {dst!r}{'' if noop_flag is None else ', noop_flag'}",
+                needs="row_scaled_nvfp4 alike on both sides; with noop_flag the RHT and the largest scale, too",
+                fix="quantize into a new tensor: quantizer(src)",
+            )
         with torch.no_grad():
             for name, buffer in dst._buffers().items():
                 # As bytes, so that the bits of float8 scales and of a NaN arrive unchanged.
@@ -314,6 +328,12 @@ class NVFP4Quantizer:
 
     def __reduce__(self) -> Any:
         return _rebuild_quantizer, (self.settings(),)
+
+
+def _rotation(t: NVFP4Tensor) -> tuple[bool, bool]:
+    """Return if t's columnwise face is there and rotated, and if with the fixed signs."""
+    rotated = t.columnwise_rht and t.columnwise_data is not None
+    return rotated, rotated and t._with_random_sign_mask
 
 
 def _rebuild_quantizer(settings: dict[str, Any]) -> NVFP4Quantizer:

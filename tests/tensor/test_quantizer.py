@@ -47,6 +47,26 @@ def test_quantize_into_out_and_noop_flag():
         q(sample(4, 16), out=out)
 
 
+@pytest.mark.parametrize(("made", "writes"), [(False, True), (True, False)])
+def test_scales_per_row_are_not_written_into_other_tensors(made, writes):
+    t = NVFP4Quantizer(row_scaled_nvfp4=made, columnwise=False)(sample(32, 32))
+    before = t.dequantize()
+    with pytest.raises(ValueError, match="row_scaled_nvfp4 alike"):
+        NVFP4Quantizer(row_scaled_nvfp4=writes, columnwise=False)(sample(32, 32, seed=1), out=t)
+    assert torch.equal(t.dequantize(), before)
+
+
+def test_a_noop_flag_leaves_no_other_way_of_reading():
+    t = NVFP4Quantizer(with_rht=True, rowwise=False)(sample(32, 32))
+    before = t.dequantize()
+    with pytest.raises(ValueError, match="noop_flag"):
+        NVFP4Quantizer(rowwise=False).update_quantized(sample(32, 32), t, noop_flag=torch.ones(1))
+    assert torch.equal(t.dequantize(), before)
+    row = NVFP4Quantizer(with_rht=True, columnwise=False)(sample(32, 32))  # no face is rotated
+    NVFP4Quantizer().update_quantized(sample(32, 32, seed=1), row, noop_flag=torch.zeros(1))
+    assert torch.equal(row.dequantize(), NVFP4Quantizer(columnwise=False)(sample(32, 32, seed=1)).dequantize())
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_make_empty_has_the_shapes_of_a_result(options):
     q = quantizer(**options)
