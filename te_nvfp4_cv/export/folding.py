@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from te_nvfp4_cv.errors import value_error
 from te_nvfp4_cv.fusion.children import child_of
+from te_nvfp4_cv.fusion.stand_ins import Untraceable
 from te_nvfp4_cv.fusion.subclasses import tail_of
-from te_nvfp4_cv.fusion.trace import Untraceable
 from te_nvfp4_cv.layer.names import plain_name
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -55,6 +55,22 @@ def named_children(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def paths_of_children(module: nn.Module) -> list[str]:
+    """Return the paths of the module's children, also of those inside ModuleList, ModuleDict and Sequential."""
+    found = []
+    for name, child in module._modules.items():
+        inside = paths_of_children(child) if isinstance(child, (*CONTAINERS, nn.Sequential)) else []
+        found += [name, *(f"{name}.{path}" for path in inside)]
+    return found
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's class, or the one that it had before nv.fuse gave it a forward of its own."""
     return getattr(type(module), "nvfp4_original", type(module))
+
+
+def foreign_class(module: nn.Module | None) -> type:
+    """Return the module's class, or the first of its bases that is not of this package, which changes classes."""
+    if module is None:
+        return type(None)
+    return next(cls for cls in own_class(module).__mro__ if cls.__module__.split(".")[0] != OURS)

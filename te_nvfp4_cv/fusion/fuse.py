@@ -38,8 +38,9 @@ from te_nvfp4_cv.fusion.children import FAMILY, child_of, named_children
 from te_nvfp4_cv.fusion.inlining import Inlined
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of
 from te_nvfp4_cv.fusion.patterns import Row, kind_of, rewrite, shown_name
+from te_nvfp4_cv.fusion.stand_ins import Untraceable
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren, tail_of, torchs_class
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
+from te_nvfp4_cv.fusion.trace import Traced, trace
 from te_nvfp4_cv.layer.names import plain_name
 
 _serial = count()
@@ -282,13 +283,20 @@ def _rewritten(
             or named_children(self) != children
             or not traced.holds(self)
             or not all(child.holds(self) for child in inlined)
-            or any(value is None for value in given)  # the trace had a tensor there
+            or any(map(_lacks, given))  # the trace had a tensor there
             or any(isinstance(given[index], Tensor) for index in guards)
         ):
             return original(self, *args, **kwargs)
         return (training if self.training else evaluation)(self, *given)
 
     return {"forward": forward, "nvfp4_rows": tuple(rows.items())}
+
+
+def _lacks(value: Any) -> bool:
+    """Return True for None, and for a list, tuple or dictionary that holds None."""
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_lacks, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def _compiled(graph: fx.Graph, base: type) -> Any:

@@ -20,7 +20,8 @@ from typing import Any
 from torch import fx, nn
 
 from te_nvfp4_cv.fusion.children import FAMILY, all_hooks, child_of, named_children, own_class
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
+from te_nvfp4_cv.fusion.stand_ins import Untraceable
+from te_nvfp4_cv.fusion.trace import Traced, trace
 from te_nvfp4_cv.nn.walk import LAYERS
 
 

@@ -26,8 +26,9 @@ from te_nvfp4_cv.context.state import state
 from te_nvfp4_cv.fusion.children import FAMILY, OURS, child_of, hooks
 from te_nvfp4_cv.fusion.inlining import Inlined, inline
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate, activation_of, name_of_gelu
+from te_nvfp4_cv.fusion.stand_ins import IN_PLACE_OPERATORS, Untraceable
 from te_nvfp4_cv.fusion.subclasses import NormThenChildren
-from te_nvfp4_cv.fusion.trace import IN_PLACE_OPERATORS, Untraceable, trace
+from te_nvfp4_cv.fusion.trace import trace
 from te_nvfp4_cv.layer import observe
 from te_nvfp4_cv.layer.deferred import deferring
 from te_nvfp4_cv.nn.base import is_plain_layer
@@ -226,10 +227,10 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
     found = _what_follows(module, node)
     if isinstance(found, str):
         return found
-    user, add, _ = found
+    user, add, residual = found
     if add is not None and _called_between(module, graph, node, user, norm):
         return "it is called again before its activation"
-    if add is not None and _written_between(module, graph, node, user, add):
+    if add is not None and _written_between(module, graph, node, user, (add, residual)):
         return "something is written in place between it and its activation"
     return found
 
@@ -325,17 +326,20 @@ def _called_between(module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx
 
 
 def _written_between(
-    module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, add: fx.Node | None = None
+    module: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, addition: tuple[Any, Any] = (None, None)
 ) -> bool:
     """Return True if a call between the two may write to a tensor that the fused call would then read too late.
 
     Args:
-        add: The addition of the pattern itself, which writes to the norm's result at most.
+        addition: That of the pattern itself, which writes to the norm's result at most, and the residual.
     """
+    add, residual = addition
     tensors = [value for value in first.args if isinstance(value, fx.Node) and value.op != "get_attr"]
     private = all(_only_reader(module, value, first) for value in tensors)
     for node in _between(graph, first, last):
-        if node is not add and _writes(node):
+        if node is add:  # the fused call, which comes after all of them, reads the residual, too
+            private = private and _only_reader(module, residual, add)
+        elif _writes(node):
             return True
         if node.op == "call_module" and not private and not _writes_nothing(child_of(module, str(node.target))):
             return True

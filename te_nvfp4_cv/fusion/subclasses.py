@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.fusion.children import child_of, hooks
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of, fusable
-from te_nvfp4_cv.fusion.trace import Traced, Untraceable, trace
+from te_nvfp4_cv.fusion.stand_ins import Untraceable
+from te_nvfp4_cv.fusion.trace import Traced, trace
 
 NORM_FUNCTIONS = (F.batch_norm, F.group_norm)
 

@@ -5,20 +5,20 @@
 torch.fx runs the forward once with stand-ins (proxies) for its arguments, so whatever the code decides meanwhile is
 fixed in the graph. Arguments with a default are traced at their default and must have it at run time. An `isinstance`
 question about an argument is answered "no" and must be "no" at run time. Plain attributes of the module that are read
-must then be equal. Calls of children that return their input, nn.Identity() and nn.Dropout(0), are left out, and these
-children must still do so at run time.
+must then be equal; where it asks for classes, children must still have theirs. Calls of children that return their
+input, nn.Identity() and nn.Dropout(0), are left out, and these children must still do so at run time.
 Refused is a forward that no graph can replace: control flow on values or shapes, attributes set, tensors put anywhere
 (a list, another object), random numbers drawn, tensors created, a context manager entered (no_grad, autocast,
-checkpoint) or asked about (torch.is_grad_enabled), type() and hasattr() of a tensor, results of other classes than
-tuples, lists and dicts.
+checkpoint) or asked about (torch.is_grad_enabled), type() and hasattr() of a tensor, comparisons by `is`, look-ups of
+an argument in a set or dictionary, attributes of tensors set, results of other classes than tuples, lists and dicts.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
 import gc
 import inspect
-import operator
 import random
 import sys
 import types
@@ -36,13 +36,11 @@ from torch import fx, nn
 
 from te_nvfp4_cv.backend.torch_private import saved_tensors_hooks_are_on
 from te_nvfp4_cv.context import state
-from te_nvfp4_cv.fusion.children import OURS, child_of, is_identity, own_class
+from te_nvfp4_cv.fusion.children import OURS, child_of, foreign_class, is_identity, own_class, paths_of_children
+from te_nvfp4_cv.fusion.stand_ins import StandIn, Untraceable
 from te_nvfp4_cv.layer.inside import replaced
 from te_nvfp4_cv.recipe.block_scaling import NVFP4BlockScaling
 
-TRACING = ("torch", "te_nvfp4_cv", "inspect", "typing", "abc")  # questions from here are not the model's
-
-IN_PLACE_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 ABOUT_MODES = {  # a trace would freeze the answers to these questions
     "is_grad_enabled",
     "is_inference_mode_enabled",
@@ -55,15 +53,12 @@ ABOUT_MODES = {  # a trace would freeze the answers to these questions
     "active_recipe",
     "type",
 }
+ABOUT_MODULES = {"isinstance", "issubclass", "hasattr", "callable"}  # the answers hold while a child's class stays
 PLAIN = (int, float, bool, str, type(None), types.FunctionType, types.BuiltinFunctionType, type, torch.dtype)
 MISSING = object()
 # Code of these is not the model's. The model's questions are searched for in the code that runs, by name.
 FOREIGN = {"torch", "torchvision", OURS, *sys.stdlib_module_names}
 CONTAINERS = (dict, list, set)
-
-
-class Untraceable(Exception):
-    """Raised with the reason why a forward cannot be traced."""
 
 
 @dataclass
@@ -76,48 +71,18 @@ class Traced:
     guards: tuple[int, ...]  # the arguments with these indices must not be tensors
     attributes: dict[str, Any]  # plain attributes of the module that were read, with their values
     identities: tuple[str, ...]  # the paths of children whose calls were left out
+    classes: dict[str, type]  # of children, by their path, where the forward asks somebody for a class
 
     def holds(self, module: nn.Module) -> bool:
-        """Return True if the attributes that were read are still equal, and the children left out still do nothing."""
+        """Return True if the attributes that were read are still equal, the children left out still do nothing, and
+        the others have the class that was asked for.
+        """
         now = module.__dict__
-        return all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items()) and all(
-            is_identity(child_of(module, path)) for path in self.identities
+        return (
+            all(_equal(now.get(name, MISSING), value) for name, value in self.attributes.items())
+            and all(is_identity(child_of(module, path)) for path in self.identities)
+            and all(foreign_class(child_of(module, path)) is cls for path, cls in self.classes.items())
         )
-
-
-class _Proxy(fx.Proxy):
-    """A stand-in for a tensor that notices when the model's code asks for its class."""
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        # isinstance reads __class__, also inside torch, whose questions must not count.
-        caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
-        if caller not in TRACING:
-            self.tracer.asked(self.node)  # type: ignore[attr-defined]
-        return _Proxy
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise Untraceable("its forward changes the class of a tensor")
-
-    def __getattr__(self, name: str) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "").split(".")[0]
-        if caller not in TRACING and not hasattr(torch.Tensor, name):
-            raise Untraceable(f"its forward asks a tensor for {name!r}")
-        return super().__getattr__(name)
-
-
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Keep x += y in the graph as it is. Torch.fx alone records x = x + y, which leaves other names of x unchanged."""
-
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _name in IN_PLACE_OPERATORS:
-    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):
@@ -133,7 +98,7 @@ class _Tracer(fx.Tracer):
         return True  # calls of children stay calls
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        made = _Proxy(node, self)
+        made = StandIn(node, self)
         self.made.append(weakref.ref(made))
         return made
 
@@ -199,7 +164,7 @@ def trace(module: nn.Module) -> Traced:
     arguments = _required(cls.forward)
     read: set[str] = set()
     flags = [(m, m.training) for m in module.modules()]
-    graphs: dict[tuple[bool, bool], tuple[fx.Graph, set[int]]] = {}
+    graphs: dict[tuple[bool, bool], tuple[fx.Graph, set[int], bool]] = {}
     # A forward that reads a child's training flag gives another graph where the two flags differ.
     modes = [(own, children) for own in (True, False) for children in (True, False)]
     try:
@@ -211,8 +176,13 @@ def trace(module: nn.Module) -> Traced:
     finally:
         for m, training in flags:
             m.training = training
-    identities = {name for graph, _ in graphs.values() for name in _leave_out_identities(module, graph)}
-    codes = {key: str(graph.python_code("self").src) for key, (graph, _) in graphs.items()}
+    classes: dict[str, type] = {}
+    if any(asks for *_, asks in graphs.values()):
+        calls = (node for graph, *_ in graphs.values() for node in graph.nodes if node.op == "call_module")
+        paths = {*paths_of_children(module), *(str(node.target) for node in calls)}
+        classes = {path: foreign_class(child_of(module, path)) for path in sorted(paths)}
+    identities = {name for graph, *_ in graphs.values() for name in _leave_out_identities(module, graph)}
+    codes = {key: str(graph.python_code("self").src) for key, (graph, *_) in graphs.items()}
     if any(code != codes[own, own] for (own, _), code in codes.items()):
         raise Untraceable("its forward reads the training flag of another module")
     same = codes[True, True] == codes[False, False]
@@ -220,7 +190,8 @@ def trace(module: nn.Module) -> Traced:
     guards = tuple(sorted({*graphs[True, True][1], *evaluation[1]}))
     names = module.__dict__.keys() - nn.Module().__dict__.keys()
     attributes = {name: copy.copy(value) for name in read & names if _is_plain(value := module.__dict__[name])}
-    return Traced(graphs[True, True][0], evaluation[0], arguments, guards, attributes, tuple(sorted(identities)))
+    found = graphs[True, True][0], evaluation[0], arguments, guards, attributes, tuple(sorted(identities))
+    return Traced(*found, classes)
 
 
 def _is_plain(value: Any) -> bool:
@@ -277,8 +248,10 @@ def _required(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[fx.Graph, set[int]]:
-    """Return the graph of one mode, and the indices of the arguments that the forward takes for no tensors."""
+def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[fx.Graph, set[int], bool]:
+    """Return the graph of one mode, the indices of the arguments that the forward takes for no tensors, and whether it
+    may ask for a module's class.
+    """
     shadow, before = _shadow(module, arguments, read)
     numbers = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     with _telling_modes(), warnings.catch_warnings():
@@ -292,9 +265,12 @@ def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -
         except Exception as error:  # whatever a model's code raises on a stand-in
             first = (str(error).strip().splitlines() or [""])[0]
             raise Untraceable(f"{type(error).__name__}: {first:.160}") from error
-    asked = {name for code in ran for name in code.co_names} & ABOUT_MODES
+    used = {name for code in ran for name in code.co_names}
+    asked = used & ABOUT_MODES
     if asked:
         raise Untraceable(f"its forward asks for what may differ at each call: {', '.join(sorted(asked))}")
+    if any(map(_compares_identity, ran)):
+        raise Untraceable("its forward compares by `is`, or by `match` with lists or dictionaries")
     after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     if numbers[:2] != after[:2] or not torch.equal(numbers[2], after[2]):
         random.setstate(numbers[0])
@@ -309,7 +285,20 @@ def _trace_once(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -
     if tracer.alive():
         raise Untraceable("its forward puts tensors into a list or another object")
     names = [node.name for node in graph.nodes if node.op == "placeholder"]
-    return graph, {names.index(node.name) for node in tracer.questioned}
+    return graph, {names.index(node.name) for node in tracer.questioned}, bool(used & ABOUT_MODULES)
+
+
+def _compares_identity(code: types.CodeType) -> bool:
+    """Return True if the code asks what a stand-in answers with no, unseen: `is` something else than None, for example
+    a flag or a dtype.
+    """
+    before: Any = None
+    for instruction in dis.get_instructions(code):
+        none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if (instruction.opname == "IS_OP" and not none) or instruction.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING"):
+            return True
+        before = instruction
+    return False
 
 
 def _shadow(module: nn.Module, arguments: tuple[str, ...], read: set[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -364,10 +353,10 @@ def _check_result(result: Any) -> Any:
     elif type(result) is dict:
         for value in result.values():
             _check_result(value)
-    elif type(result) is OrderedDict and (found := [v for v in result.values() if type(v) is _Proxy]):
+    elif type(result) is OrderedDict and (found := [v for v in result.values() if type(v) is StandIn]):
         # A graph would return a plain dict, so the call of OrderedDict is recorded in it.
         pairs = [(key, _check_result(value)) for key, value in result.items()]
         return found[0].tracer.create_proxy("call_function", OrderedDict, (pairs,), {})
-    elif type(result) is not _Proxy and result is not None and type(result) not in (int, float, bool, str):
+    elif type(result) is not StandIn and result is not None and type(result) not in (int, float, bool, str):
         raise Untraceable(f"its forward returns a {type(result).__name__}")
     return result

@@ -471,9 +471,39 @@ def attribute_of_a_tensor(self, x):
     return F.relu(self.norm(x.tensors if hasattr(x, "tensors") else x))
 
 
+def in_place_module_on_the_residual(self, x):
+    y = x * 1
+    u = self.norm(self.conv(x)) + y
+    return self.inplace(y) + F.relu(u)
+
+
+def in_place_module_on_the_residual_of_a_sum_in_place(self, x):
+    y, u = x * 1, self.norm(self.conv(x))
+    u += y
+    z = self.inplace(y)
+    return F.relu(u) + z
+
+
+def a_dtype_by_is(self, x):
+    return F.relu(self.norm(x)) * (2 if x.dtype is torch.float32 else 1)
+
+
+def a_dtype_in_a_set(self, x):
+    return F.relu(self.norm(x)) * (2 if x.dtype in {torch.float32} else 1)
+
+
+def a_gradient_that_is_not_there(self, x):
+    return F.relu(self.norm(x)) * (2 if x.grad_fn is None else 1)
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        in_place_module_on_the_residual,
+        in_place_module_on_the_residual_of_a_sum_in_place,
+        a_dtype_by_is,
+        a_dtype_in_a_set,
+        a_gradient_that_is_not_there,
         in_place_on_the_norms_input,
         in_place_module_on_the_norms_input,
         one_norm_twice_in_another_order,
@@ -503,6 +533,7 @@ class Odd(nn.Module):
         super().__init__()
         self.norm, self.inplace, self.function = nn.BatchNorm2d(8), nn.ReLU(inplace=True), function
         self.scale, self.activation, self.more = 1.0, F.relu, nn.ModuleList([nn.Identity()])
+        self.conv = nn.Conv2d(8, 8, 1)
         self.register_module("late", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -535,6 +566,84 @@ def test_what_a_forward_reads_may_change_after_fusing(change):
         change(model)
         results.append([before, model(x)])
     assert same(*results) and not torch.equal(*results[0])
+
+
+def what_a_flag_says(self, x, flag):
+    return F.relu(self.norm(x)) * (2 if flag is True else 1)
+
+
+def what_a_set_holds(self, x, flag):
+    return F.relu(self.norm(x)) * (2 if flag in {"double"} else 1)
+
+
+def what_a_dictionary_holds(self, x, flag):
+    return F.relu(self.norm(x)) * {"double": 2}.get(flag, 1)
+
+
+def what_a_pattern_finds(self, x, flag):
+    match flag:
+        case [_, factor]:
+            return F.relu(self.norm(x)) * factor
+    return F.relu(self.norm(x))
+
+
+def what_a_list_lacks(self, x, flag):
+    return F.relu(self.norm(x)) * (2 if flag[0] is None else 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "flag"),
+    [
+        (what_a_flag_says, True),
+        (what_a_set_holds, "double"),
+        (what_a_dictionary_holds, "double"),
+        (what_a_pattern_finds, [1, 2]),
+        (what_a_list_lacks, [None, 1]),
+    ],
+)
+def test_arguments_that_are_no_tensors(function, flag):
+    class Asks(Odd):
+        def forward(self, x: Tensor, flag: Any) -> Tensor:
+            return self.function(self, x, flag)
+
+    x = values((2, 8, 4, 4))
+    model = Asks(function)
+    y = model(x, flag)
+    assert torch.equal(y, fuse(Asks(function))(x, flag)) and not torch.equal(y, F.relu(model.norm(x)))
+
+
+def test_attributes_that_a_forward_gives_a_tensor():
+    def tags(self, x):
+        y = F.relu(self.norm(x))
+        y.tag = "here"
+        return y
+
+    assert fuse(Odd(tags))(values((2, 8, 4, 4))).tag == "here"
+
+
+class AsksForClasses(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(x))
+        for module in self.more:
+            y = y * 2 if isinstance(module, nn.Identity) else module(y)
+        return y
+
+
+def test_a_child_of_another_class_after_fusing():
+    x, results = values((2, 8, 4, 4)), []
+    for prepare in (lambda model: model, fuse):
+        model = prepare(AsksForClasses(None))
+        model(x)
+        model.more[0] = nn.Tanh()
+        results.append([model(x)])
+    assert same(*results)
+
+
+def test_asking_for_classes_does_not_undo_a_fusion():
+    model = AsksForClasses(None)
+    model.more[0] = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    convert_model(fuse(model), filter_fn=lambda layer, name: name.endswith("3"))  # both change classes
+    assert nodes(model(values((2, 8, 4, 4))), "NormAct") == 2
 
 
 def test_a_sum_in_place_keeps_its_dtype():

@@ -28,7 +28,8 @@ from te_nvfp4_cv.errors import warn_once
 from te_nvfp4_cv.export.folding import NORMS, FoldedNorm, tail_of_batch_norm
 from te_nvfp4_cv.export.ptq.drift import tensors_of
 from te_nvfp4_cv.fusion.children import child_of, hooks
-from te_nvfp4_cv.fusion.trace import Untraceable, trace
+from te_nvfp4_cv.fusion.stand_ins import Untraceable
+from te_nvfp4_cv.fusion.trace import trace
 from te_nvfp4_cv.nn.base import OPS
 
 UNEVEN = 16.0  # times the median: the largest factor of a norm that makes rows of very different size
