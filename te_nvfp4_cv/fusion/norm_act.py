@@ -125,8 +125,10 @@ def check_activation(caller: str, activation: str) -> None:
 def _run(z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, settings: NormSpec, backend: str) -> Tensor:
     weight, bias = affine
     if (weight is None) != (bias is None):  # torch allows one without the other; the operators take both or none
-        weight = z.new_ones(z.shape[1], dtype=_wide(z)) if weight is None else weight
-        bias = z.new_zeros(z.shape[1], dtype=_wide(z)) if bias is None else bias
+        like = bias if weight is None else weight
+        assert like is not None
+        weight = like.new_ones(z.shape[1]) if weight is None else weight
+        bias = like.new_zeros(z.shape[1]) if bias is None else bias
     for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running[0])):
         if tensor is not None and tensor.shape != (z.shape[1],):
             raise value_error(
@@ -146,10 +148,6 @@ def _run(z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, settin
     producer = deferred.Producer(z.detach(), r, w, b, settings.groups, settings.activation)
     y = NormAct.apply(z, residual, weight, bias, *running, settings, producer)
     return deferred.attach(y, producer)
-
-
-def _wide(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
 
 
 def dense(z: Tensor) -> Tensor:

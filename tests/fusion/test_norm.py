@@ -295,11 +295,28 @@ def test_non_finite_values_reach_the_result_and_the_gradients():
         assert not bool(y.isfinite().all()) and not bool(z.grad.isfinite().all())
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"affine": False}], ids=["affine", "no bias", "plain"])
+@pytest.mark.parametrize("what", ["batch relu", "batch silu", "group relu", "group silu"])
+def test_parameters_in_half_precision(what, settings, training, dtype):
+    kind, activation = what.split()
+    norm = some_norm(kind, **settings).to(dtype).train(training)
+    z, dy = ((values((4, 24, 5, 6), seed=seed) + 1).to(dtype) for seed in (0, 2))
+    expected, found = (outcome(n, z, None, activation, dy) for n in (norm, fused_of(norm)))
+    assert expected.keys() == found.keys() and same_bits(found["y"], expected["y"])
+    for name, truth in expected.items():
+        assert found[name].dtype == truth.dtype
+        assert torch.equal(found[name], truth) or relative_error(found[name], truth) <= NEAR[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_operators_pass_opcheck(groups, dtype):
     ops = torch.ops.te_nvfp4_cv
-    z, w, b = values((2, 8, 3, 3)), values((8,), seed=1), values((8,), seed=2)
-    running = torch.zeros(8), torch.ones(8)
-    spec = NormSpec(momentum=0.1, eps=1e-5, need_mask=True, need_dresidual=True).encode()
+    z, w, b = (values(shape, seed=seed).to(dtype) for seed, shape in enumerate(((2, 8, 3, 3), (8,), (8,))))
+    running = (None, None) if groups else (torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype))
+    spec = NormSpec(groups, momentum=0.1, eps=1e-5, need_mask=True, need_dresidual=True).encode()
     arguments = (z, None, w, b, *running, spec)
     torch.library.opcheck(ops.norm_forward.default, arguments)
     y, mean, rstd, mask = ops.norm_forward(*arguments)

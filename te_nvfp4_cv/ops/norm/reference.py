@@ -3,7 +3,8 @@
     forward    native_batch_norm / native_group_norm, add_, the activation in the norm's own memory, then ReLU's mask
     backward   but for ReLU: the norm again from z (its output was not saved); then ATen's norm backward
 
-It takes any device and floating dtype. Without batch statistics ATen's backward gets 1 / rstd^2 for the variance, which
+It takes any device and floating dtype. Statistics are never narrower than fp32, whatever ATen returns; ATen then wants
+the weight in their dtype, too. Without batch statistics ATen's backward gets 1 / rstd^2 for the variance, which
 may differ from the running variance in its last bit.
 """
 
@@ -26,6 +27,7 @@ def norm_forward(
     z: Tensor, residual: Tensor | None, affine: Pair, running: Pair, s: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator norm_forward by ATen."""
+    wide = torch.promote_types(z.dtype, torch.float32)
     if s.groups:
         y, mean, rstd = _group_norm(z, *affine, s.groups, s.eps)
     else:
@@ -33,8 +35,8 @@ def norm_forward(
         if not s.batch_stats:  # ATen returns empty statistics then
             running_mean, running_var = running
             assert running_mean is not None and running_var is not None
-            wide = torch.promote_types(running_mean.dtype, torch.float32)
             mean, rstd = running_mean.to(wide, copy=True), (running_var.to(wide) + s.eps).rsqrt()
+    mean, rstd = mean.to(wide), rstd.to(wide)
     if residual is not None:
         # In place where the sum keeps y's dtype; else torch's promotion, as modules would give it.
         same = torch.promote_types(y.dtype, residual.dtype) == y.dtype
@@ -52,6 +54,7 @@ def norm_backward(
     """Run the operator norm_backward by ATen."""
     mean, rstd = norm[:2]
     weight, bias = affine_of(norm)
+    w, b = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
     # 1 / rstd^2 is the running variance plus eps, so that ATen is given eps 0 below.
     variance = None if s.batch_stats or s.groups else rstd.square().reciprocal()
     if s.activation == "relu":
@@ -63,7 +66,7 @@ def norm_backward(
             # Without running statistics: forward has updated them, and this second run must not.
             u = torch.native_batch_norm(z, weight, bias, None, None, True, 0.0, s.eps)[0]
         else:
-            u = torch.native_batch_norm(z, weight, bias, mean, variance, False, 0.0, 0.0)[0]
+            u = torch.native_batch_norm(z, w, b, mean, variance, False, 0.0, 0.0)[0]
         g = _gradient(dy, u, s.activation)
     dresidual = g if s.need_dresidual else dy.new_empty(0)
     # A residual of a wider dtype has widened y, and dy with it.
@@ -74,7 +77,7 @@ def norm_backward(
     else:
         running = (None, None) if s.batch_stats else (mean, variance)
         dz, dweight, dbias = aten.native_batch_norm_backward(
-            g, z, weight, *running, mean, rstd, s.batch_stats, s.eps if s.batch_stats else 0.0, wanted
+            g, z, w, *running, mean, rstd, s.batch_stats, s.eps if s.batch_stats else 0.0, wanted
         )
     if dz.stride() != z.stride():
         dz = torch.empty_like(z).copy_(dz)
@@ -129,7 +132,10 @@ def _group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, _ = affine_of(norm)
     x = z.float() if _wide(z, weight) else z
+    # A CPU takes fp32 beside a narrower x, a GPU wants one dtype.
+    dtype = norm[0].dtype if z.device.type == "cpu" else x.dtype
+    mean, rstd, w = (None if t is None else t.to(dtype) for t in (*norm[:2], weight))
     dz, dweight, dbias = aten.native_group_norm_backward(
-        g.to(x.dtype), x, norm[0], norm[1], weight, *_sizes(z), groups, wanted
+        g.to(x.dtype), x, mean, rstd, w, *_sizes(z), groups, wanted
     )
     return dz.to(z.dtype), dweight, dbias
