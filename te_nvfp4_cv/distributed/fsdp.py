@@ -109,7 +109,9 @@ def _why_not(module: nn.Module, weight: Tensor, recipe: NVFP4BlockScaling | None
         return "high precision"
     groups = getattr(module, "groups", 1)
     # A meta weight gets its values later, and will be asked for its codes only then.
-    like = torch.empty((), dtype=weight.dtype).expand(weight.shape) if weight.is_meta else weight
+    like = weight
+    if weight.is_meta:
+        like = torch.empty((), dtype=weight.dtype, device="cpu").expand(weight.shape)
     if isinstance(module, NVFP4GroupedLinear):
         reason = grouped.why_not(like, like, recipe)
         reason = "a tensor scale for each expert" if recipe.grouped_scale == "expert" else reason

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from te_nvfp4_cv.errors import check_module
@@ -83,6 +84,8 @@ def _why_left(module: nn.Module, recipe: NVFP4BlockScaling | None) -> str | None
     if asked.kernels == "parameters" and "weight" not in module._parameters:
         return "its weight is computed (recipe.kernels='parameters')"
     groups, w = getattr(module, "groups", 1), like_weight(module)
+    if w.is_meta:  # it gets its values later
+        w = torch.empty((), dtype=w.dtype, device="cpu").expand(w.shape)
     return None if check.ineligible(NVFP4_CLASSES[kind].op, w, w, groups, asked) is None else ""
 
 

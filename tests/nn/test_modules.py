@@ -324,6 +324,16 @@ def test_convert_leaves_and_reports(recwarn):
         nv.convert_model([m])
 
 
+def test_convert_a_model_whose_weights_come_later(x):
+    with torch.device("meta"):
+        model = nv.convert_model(nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1)))
+    assert [type(layer) for layer in model] == [nv.NVFP4Conv2d, nn.Conv2d]  # 8 channels are too few
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert model(x).shape[1] == 8
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm", "prune"])
 def test_layers_whose_kernel_torch_computes_are_converted(name):
