@@ -18,7 +18,12 @@ def is_identity(module: Any) -> bool:
     """Return True if a call of the module returns its input and does nothing else."""
     kind = type(module)
     idle = kind is nn.Identity or (kind is nn.Sequential and not len(module)) or (kind in DROPOUTS and module.p == 0)
-    return idle and not hooks(module) and "forward" not in module.__dict__
+    return idle and not changed(module)
+
+
+def changed(module: nn.Module) -> bool:
+    """Return True if a call of the module does more than its class says: hooks, or a forward of its own."""
+    return "forward" in module.__dict__ or bool(hooks(module))
 
 
 def hooks(module: nn.Module) -> list[Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from te_nvfp4_cv.context.function_mode import mode_is_on
 from te_nvfp4_cv.context.state import state
-from te_nvfp4_cv.fusion.children import FAMILY, OURS, child_of, hooks
+from te_nvfp4_cv.fusion.children import FAMILY, OURS, changed, child_of, hooks
 from te_nvfp4_cv.fusion.inlining import Inlined, inline
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activate, activation_of, name_of_gelu
 from te_nvfp4_cv.fusion.stand_ins import IN_PLACE_OPERATORS, Untraceable
@@ -78,9 +78,9 @@ def norm_act(
     if activation is None:
         return norm(z)
     known = activation if isinstance(activation, str) else activation_of(activation)
-    watched = hooks(norm) or (isinstance(activation, nn.Module) and hooks(activation))
+    own = changed(norm) or (isinstance(activation, nn.Module) and changed(activation))
     fits = into is None or (isinstance(residual, Tensor) and (residual.dtype, residual.shape) == (z.dtype, z.shape))
-    if is_bare(norm) and known is not None and not watched and fits:
+    if is_bare(norm) and known is not None and not own and fits:
         return norm(z, residual, known)
     u = norm(z)
     if residual is not None:
@@ -105,7 +105,7 @@ def norm_act_into(
     into: str | None = None,
 ) -> Tensor:
     """Run norm_act for `layers` alone: if all of them quantize its result, it need not be written to memory."""
-    if isinstance(norm, NormActModule) and not hooks(norm) and all(_quantizes(layer) for layer in layers):
+    if isinstance(norm, NormActModule) and not changed(norm) and all(_quantizes(layer) for layer in layers):
         with deferring():
             return norm_act(norm, activation, z, residual, into)
     return norm_act(norm, activation, z, residual, into)
@@ -220,8 +220,8 @@ def _match(module: nn.Module, graph: fx.Graph, node: fx.Node, norm: nn.Module) -
     """
     if type(norm) not in NORM_CLASSES and not is_bare(norm):
         return f"{type(norm).__name__} is not torch's own norm"
-    if hooks(norm):
-        return "it has hooks"
+    if changed(norm):
+        return "it has hooks" if hooks(norm) else "its forward is replaced"
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return "it is called with other arguments than one tensor"
     found = _what_follows(module, node)
@@ -261,8 +261,8 @@ def _what_follows(module: nn.Module, node: fx.Node) -> _Match | str:
     if user.op == "call_module":
         hooked = child_of(module, str(user.target))
         assert hooked is not None
-        if hooks(hooked):
-            return "the activation that follows it has hooks"
+        if changed(hooked):
+            return f"the activation that follows it has {'hooks' if hooks(hooked) else 'another forward'}"
     return user, add, residual
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from te_nvfp4_cv.fusion.children import child_of, hooks
+from te_nvfp4_cv.fusion.children import changed, child_of
 from te_nvfp4_cv.fusion.modules import NORM_CLASSES, NormActModule, activation_of, fusable
 from te_nvfp4_cv.fusion.stand_ins import Untraceable
 from te_nvfp4_cv.fusion.trace import Traced, trace
@@ -40,7 +40,7 @@ class NormThenChildren(NormActModule):
         """The activation after the norm, if it is all that follows and the fused operator serves it, or None."""
         child = child_of(self, self.nvfp4_tail[0]) if len(self.nvfp4_tail) == 1 else None
         name = activation_of(child)
-        return None if name is None or hooks(child) or not self.nvfp4_traced.holds(self) else name  # type: ignore[arg-type]
+        return None if name is None or changed(child) or not self.nvfp4_traced.holds(self) else name  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the original forward does. With a residual and an activation, call it as NormActModule's."""

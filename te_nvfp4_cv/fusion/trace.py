@@ -161,6 +161,8 @@ def trace(module: nn.Module) -> Traced:
         raise Untraceable(f"it is a {cls.__name__}")
     if cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
         raise Untraceable("it pickles itself in a way of its own")
+    if hasattr(cls, "__deepcopy__"):
+        raise Untraceable("it copies itself in a way of its own")
     arguments = _required(cls.forward)
     read: set[str] = set()
     flags = [(m, m.training) for m in module.modules()]

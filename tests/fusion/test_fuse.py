@@ -694,6 +694,31 @@ def test_replaced_forwards_and_odd_modules_are_left():
     assert fuse(nn.Linear(2, 2), report=True).rows == []
 
 
+@pytest.mark.parametrize("child", [0, 1], ids=["norm", "activation"])
+@pytest.mark.parametrize("first", [fuse, lambda model: model], ids=["after", "before"])
+def test_a_forward_that_replaces_a_childs(first, child):
+    def replace(model):
+        plain = model[child].forward
+        model[child].forward = lambda x: plain(x) * 3
+        return model
+
+    x = values((2, 8, 4, 4))
+    expected = replace(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))(x)
+    assert torch.equal(fuse(replace(first(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))))(x), expected)
+
+
+def test_a_copy_as_the_class_wants_it():
+    class Shares(Odd):
+        def __deepcopy__(self, memo: Any) -> Shares:
+            new = Shares(self.function)
+            new.table = self.table
+            return new
+
+    model = Shares(lambda self, x: F.relu(self.norm(x)))
+    model.table = ["shared"]
+    assert copy.deepcopy(fuse(model)).table is model.table
+
+
 def test_the_state_of_torch_is_untouched():
     model = Forward(LEFT["torch random"][0])
     before = torch.get_rng_state(), random.getstate(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
