@@ -5,6 +5,8 @@
 Constructor arguments, Parameters, buffers, their names and the state_dict are the plain module's. Without an activation
 they compute what the plain module does. If the fused operator cannot serve a call (complex or integer inputs, tensor
 subclasses, torch.func transforms, a residual that must be broadcast), torch's own calls run one after another.
+nn.SyncBatchNorm.convert_sync_batchnorm puts a plain norm in the place of any of these, so that an activation which was
+given to the constructor is lost; convert the plain model first, or let nv.fuse rewrite it, which keeps activations.
 """
 
 from __future__ import annotations
