@@ -99,7 +99,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a .safetensors file, the index of several, or an .onnx file")
+    text = "a .safetensors file, the index of several, or an .onnx file; exit status 3: nothing in it was recognized"
+    parser.add_argument("file", metavar="FILE", help=text)
 
 
 def _verify(options: argparse.Namespace) -> int:

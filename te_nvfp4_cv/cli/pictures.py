@@ -79,7 +79,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
         found = _of_timm(model) or _of_torchvision(options.model) or _of_transformers(options.model)
         if found is None:
             raise value_error(
-                "quantize: how does the model want its pictures?",
+                "--images: how does the model want its pictures?",
                 got="no --mean, --std or --range, and a model that timm, torchvision and transformers say nothing of",
                 needs="the numbers that it was trained with",
                 fix="--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 for ImageNet's; --range 0 255 or --range -1 1",
@@ -88,7 +88,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
         # One of the two alone would leave half of it to a guess.
         if (options.mean is None) != (options.std is None):
             raise value_error(
-                "quantize: --mean and --std belong together.",
+                "--mean and --std belong together.",
                 got="one of them", needs="both", fix="give the other, too",
             )
         found = Preparation(tuple(options.mean or (0.0,)), tuple(options.std or (1.0,)), tuple(options.range or (0, 1)))
@@ -98,7 +98,7 @@ def preparation_of(options: argparse.Namespace, model: nn.Module) -> Preparation
         or min(found.std) <= 0 or found.range[0] >= found.range[1]
     ):
         raise value_error(
-            "quantize: --mean, --std or --range is out of range.",
+            "--mean, --std or --range is out of range.",
             got=f"{found.mean}, {found.std}, {found.range}",
             needs="one finite number or three; deviations above 0; LOW below HIGH", fix="--mean 0.5 --std 0.5",
         )

@@ -12,7 +12,7 @@ from te_nvfp4_cv.cli.shape import Command, progress, show
 
 
 def _diagnose_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", metavar="CHECKPOINT", help="a file of nv.sensitivity.save_bundle")
+    command.add_argument("bundle", metavar="BUNDLE", help="a file of nv.sensitivity.save_bundle")
     command.add_argument(
         "--builder",
         metavar="MODULE_OR_FILE.py:FUNCTION",
@@ -39,10 +39,10 @@ def _diagnose(options: argparse.Namespace) -> int:
     return 0 if found.finite else 1
 
 
-def _telemetry_options(out: str, force: bool) -> Callable[[argparse.ArgumentParser], None]:
+def _telemetry_options(out: str, text: str, force: bool) -> Callable[[argparse.ArgumentParser], None]:
     def options(command: argparse.ArgumentParser) -> None:
         command.add_argument("runs", nargs="+", metavar="RUN.jsonl", help="the telemetry.jsonl of a run")
-        command.add_argument("--out", default=out, help=f"default: {out}")
+        command.add_argument("--out", default=out, metavar="PATH", help=f"{text} (default: {out})")
         if force:
             command.add_argument("--force", action="store_true", help="replace an existing report")
 
@@ -75,10 +75,10 @@ COMMANDS = (
     ),
     Command(
         "heatmaps", "draw telemetry: layers over steps, as PNG, HTML and JSON",
-        _telemetry_options("plots", False), _heatmaps,
+        _telemetry_options("plots", "folder to write to", False), _heatmaps,
     ),
     Command(
         "report", "put telemetry of several runs side by side in one HTML file",
-        _telemetry_options("report.html", True), _report,
+        _telemetry_options("report.html", "file to write", True), _report,
     ),
 )

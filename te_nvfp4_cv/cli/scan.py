@@ -73,8 +73,8 @@ def _left_high(found: Scan, recipe: NVFP4BlockScaling, budget: float) -> str:
     if not suffer:
         return "no layer in high precision, because none has a score above 0"
     share = min(suffer) / sum(row.flops for row in found.rows)
-    smallest = f"of those that suffer the smallest takes {share:.2g} of the FLOPs"
-    return f"no layer in high precision: {smallest}, --budget {budget:g}"
+    smallest = f"the smallest layer that suffers takes {share:.2g} of the FLOPs"
+    return f"no layer in high precision: {smallest}, more than --budget {budget:g}"
 
 
 def _pictured(options: argparse.Namespace) -> tuple[nn.Module, list[Any], Any]:

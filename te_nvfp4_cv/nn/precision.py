@@ -274,6 +274,13 @@ def _can_run_layers(module: nn.Module) -> bool:
 
 
 def _pairs(table: Any) -> list[tuple[str, NVFP4BlockScaling | None]]:
+    if isinstance(table, list | tuple | set | frozenset):
+        raise type_error(
+            "set_precision: the table is no dictionary.",
+            got=f"{table!r:.80}",
+            needs='patterns with what each gets, such as {"head.*": None}; or a recipe',
+            fix="dict.fromkeys(names) for high precision in all of them",
+        )
     if not isinstance(table, Mapping):
         return list(checked_recipe(table).precision)
     pairs: list[tuple[str, NVFP4BlockScaling | None]] = []

@@ -139,7 +139,7 @@ def estimate_memory(
     Args:
         inputs: arguments of the model, tensors with one image each.
         batch: images in a step, a multiple of 16 for a good estimate.
-        recipe: a recipe object; if None, the default recipe.
+        recipe: a recipe, or its name or path; if None, the default recipe.
         optimizer: a key of OPTIMIZERS.
     Raises:
         TypeError: `model` is not a module.

@@ -137,7 +137,7 @@ def project(
         inputs: arguments of the model, which runs here once in evaluation mode; one image is enough.
         gpu: "b200", "rtx5090" or "h200".
         batch: images in a step.
-        recipe: a recipe object; if None, the default recipe.
+        recipe: a recipe, or its name or path; if None, the default recipe.
         efficiency: share of peak and bandwidth that kernels reach, above 0 and at most 1.
     Raises:
         TypeError: `model` is not a module.

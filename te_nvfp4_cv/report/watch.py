@@ -47,7 +47,7 @@ def coverage(model: nn.Module, *inputs: Any, recipe: Any = None, backend: str = 
     its dtype.
 
     Args:
-        recipe: a recipe object; if None, that of the enclosing context, and without one the default recipe.
+        recipe: a recipe, its name or path; if None, that of the enclosing context, and without one the default recipe.
         backend: where layers run, as for nvfp4_autocast.
     Returns:
         A Coverage: print it, or call `to_dict()`.

@@ -70,10 +70,13 @@ def test_pictures_without_labels(file: str, images: str, tmp_path: Path, capsys:
     assert "#D55E00" in text and "<script" not in text
     assert cli.main([*command, "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+    assert cli.main(["scan", f"{file}:build", "--images", images]) == 2
+    said = capsys.readouterr().err
+    assert "--images: how does the model want its pictures?" in said and "quantize" not in said  # another command
     assert cli.main([*command, "--out", str(out), "--force", "--budget", "0.9"]) == 0
     assert f"recipe: {out}: high precision for " in capsys.readouterr().err
     assert cli.main([*command, "--out", str(out), "--force", "--budget", "1e-6"]) == 0  # every layer is larger
-    assert "of the FLOPs, --budget 1e-06" in capsys.readouterr().err
+    assert "of the FLOPs, more than --budget 1e-06" in capsys.readouterr().err
     assert not nv.load_recipe(out).precision
 
 

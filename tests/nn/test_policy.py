@@ -148,6 +148,13 @@ def test_bad_tables(table, error):
         nv.set_precision(Linears(), table)
 
 
+@pytest.mark.parametrize("names", [["head"], ("head", "stem"), {"head"}])
+def test_names_without_what_they_get(names):
+    model = Linears()
+    with pytest.raises(TypeError, match=r"(?s)is no dictionary.*\{\"head\.\*\": None\}.*dict\.fromkeys"):
+        nv.set_precision(model, names)
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match="needs: a torch.nn.Module"):
         nv.set_precision({"head": None}, Linears())
