@@ -10,7 +10,8 @@ frozen Parameters. So it is asked where the kernel comes from, which is the same
     the rest  a Parameter, a tensor in the place of a Parameter (functional_call), computed          not a constant
 
 A plain attribute `weight` of torch's own layers, and any plain attribute of a module with forward pre-hooks, does not
-count: there the reparametrizations of torch (weight_norm, spectral_norm, prune) put the kernel that they compute.
+count: there the reparametrizations of torch (weight_norm, spectral_norm, prune) put the kernel that they compute. Hooks
+of this package, with which coverage and others look on, and those of FSDP2 compute none, so they change no decision.
 Arithmetic makes a kernel computed, also where it reads nothing but buffers.
 
 Eager mode reads which modules run from Python's frames, only for the few calls whose kernel may be a constant, and
@@ -31,6 +32,7 @@ from te_nvfp4_cv.backend.swapping import gives_up
 from te_nvfp4_cv.backend.torch_private import held_by_a_module, no_graphs_inside
 
 MARK = "_te_nvfp4_cv_constant"  # on tensors inside a graph of torch.compile
+_LOOK_ON = (__name__.partition(".")[0] + ".", "torch.distributed.")  # whose forward pre-hooks compute no kernel
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NAMES = (
     *("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "clone", "contiguous", "detach"),
@@ -113,12 +115,16 @@ def running_modules() -> Iterator[nn.Module]:
 
 def _constants_of(module: nn.Module) -> Iterator[Tensor]:
     yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-    # Hooks of this package compute no kernel: nn/hooks.py.
-    if all(hasattr(hook, "hook_id") for hook in module._forward_pre_hooks.values()):
+    if all(_computes_no_kernel(hook) for hook in module._forward_pre_hooks.values()):
         layer = isinstance(module, (nn.Linear, *_CONVOLUTIONS))
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.requires_grad and not (layer and name == "weight"):
                 yield value
+
+
+def _computes_no_kernel(hook: Any) -> bool:
+    # A partial has functools' own name for its module; an object has that of its class.
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_LOOK_ON)
 
 
 def memory_of(tensor: Tensor) -> int | None:

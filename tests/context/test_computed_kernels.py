@@ -167,6 +167,27 @@ def test_the_decision_does_not_hang_on_the_grad_mode(make, expected, mode):
     assert reason.startswith(expected) and bool(reason) == bool(expected)
 
 
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_looking_on_changes_no_decision(name):
+    model = CONSTANTS[name]()
+    assert not any(row.nvfp4 for row in nv.coverage(model, image(model)).rows)
+    with pytest.raises(ValueError, match="no layer runs in NVFP4"):
+        nv.sensitivity.scan(model, lambda model, x: model(x).square().mean(), [image(model)])
+
+
+def test_hooks_of_fsdp2_change_no_decision():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = torch.distributed.fsdp.fully_shard(CONSTANTS["an attribute"](), mesh=mesh)
+        assert model._forward_pre_hooks and reasons(model, torch.no_grad)[0].startswith(CONSTANT)
+    finally:
+        torch.distributed.destroy_process_group()
+    model = CONSTANTS["an attribute"]()
+    model.register_forward_pre_hook(lambda module, args: None)  # of somebody who may compute the attribute
+    assert reasons(model, torch.no_grad) == [""]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]])
 @pytest.mark.parametrize(("make", "expected"), CASES)
