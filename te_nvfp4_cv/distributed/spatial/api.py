@@ -198,7 +198,10 @@ def _all_whole(y: Any) -> Any:
         return whole(y)
     if isinstance(y, dict):
         return type(y)((key, _all_whole(value)) for key, value in y.items())
-    return type(y)(map(_all_whole, y)) if isinstance(y, (list, tuple)) else y
+    if isinstance(y, (list, tuple)):
+        parts = map(_all_whole, y)
+        return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)  # a named tuple takes its fields one by one
+    return y
 
 
 class _Told(NamedTuple):

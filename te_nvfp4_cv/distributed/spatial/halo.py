@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from te_nvfp4_cv.distributed.spatial.rows import Layout, Needs, Span
 from te_nvfp4_cv.ops.quantize import amax
@@ -124,9 +125,11 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layout: Layout, needs: Needs, fill: float) -> Tensor:
         ctx.layout, ctx.needs = layout, needs
         (rows,) = Pending([(x, layout.dim)], layout, needs).wait(fill)
-        return rows.view_as(rows) if rows is x else rows
+        # New memory on every rank, to write to in place: torch refuses that for a view that a Function made.
+        return rows.clone() if rows is x or rows._is_view() else rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _give_back(grad, ctx.layout, ctx.needs), None, None, None
 

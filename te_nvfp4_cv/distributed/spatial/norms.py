@@ -1,4 +1,4 @@
-"""Batch, group and instance norms whose statistics are those of the whole image."""
+"""Batch, group and instance norms whose statistics are those of the whole image, and PReLU with a slope a channel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.tensor import handles, named, piece_of, place, refusal
@@ -44,6 +45,7 @@ class _Normalize(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w, mean, rstd, count = ctx.saved_tensors
         channels = x.shape[1]
@@ -90,7 +92,7 @@ def _per_channel(
 
 @handles("batch_norm")
 def _batch_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    given = named("input running_mean running_var weight bias training momentum eps", args, kwargs)
+    given = named(_names(function, "training"), args, kwargs)
     x, running = given["input"], (given.get("running_mean"), given.get("running_var"))
     w, b = _whole(x, given)
     if not given.get("training", False):
@@ -120,7 +122,7 @@ def _group_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 @handles("instance_norm")
 def _instance_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    given = named("input running_mean running_var weight bias use_input_stats momentum eps", args, kwargs)
+    given = named(_names(function, "use_input_stats"), args, kwargs)
     x = given["input"]
     if x.placed.dim < 2:
         raise refusal("instance_norm of an image whose channels or images are cut", args)
@@ -132,6 +134,23 @@ def _instance_norm(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         raise refusal("instance_norm with running statistics", args)
     y, *_ = _Normalize.apply(piece_of(x), w, b, x.shape[1], given.get("eps", 1e-5), x.placed.group)
     return place(y, x.placed)
+
+
+def _names(function: Any, training: str) -> str:
+    """Return the order of a norm's arguments: torch.batch_norm has another one than torch.nn.functional.batch_norm."""
+    first, second = "running_mean running_var", "weight bias"
+    if function in (torch.batch_norm, torch.instance_norm):
+        first, second = second, first
+    return f"input {first} {second} {training} momentum eps cudnn_enabled"
+
+
+@handles("prelu")
+def _prelu(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    given = named("input weight", args, kwargs)
+    x, slopes = given["input"], given["weight"]
+    if slopes.numel() > 1 and x.placed.dim < 2:
+        raise refusal("prelu of an image whose channels are cut", args)
+    return place(torch.prelu(piece_of(x), shared.use(slopes, x.placed.group)), x.placed)
 
 
 def _whole(x: Any, given: dict[str, Any]) -> list[Tensor | None]:

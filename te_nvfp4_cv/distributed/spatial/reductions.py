@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.tensor import (
@@ -23,34 +24,45 @@ from te_nvfp4_cv.distributed.spatial.tensor import (
     place,
     pointwise,
     refusal,
-    spatial,
 )
 
 
 def _dims(x: SpatialTensor, dim: Any) -> list[int]:
-    if dim is None:
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(x.dim()))
     return [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else (dim,))]
 
 
-def _after(x: SpatialTensor, y: Tensor, dims: list[int], keepdim: bool) -> SpatialTensor:
-    """Place the result of a reduction along other dimensions than the cut one."""
+def _after(x: SpatialTensor, y: Tensor, dims: list[int]) -> SpatialTensor:
+    """Place the result of a reduction along other dimensions than the cut one, which may have kept them."""
     cut = x.placed.dim
-    return place(y, x.placed.with_dim(cut if keepdim else cut - sum(d < cut for d in dims)))
+    return place(y, x.placed.with_dim(cut if y.dim() == x.dim() else cut - sum(d < cut for d in dims)))
+
+
+def _torch_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords by torch's names, for which torch takes numpy's too."""
+    return {{"axis": "dim", "keepdims": "keepdim"}.get(name, name): value for name, value in kwargs.items()}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of this one are added: sums that become means may be beyond fp16's range."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 @handles("sum", "mean", "nansum")
 def _sum(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    x, name = args[0], function.__name__
+    x, name, kwargs = args[0], function.__name__, _torch_names(kwargs)
     if name == "nansum":
         raise refusal(name, args)
     dim = kwargs.pop("dim", args[1] if len(args) > 1 and not isinstance(args[1], torch.dtype) else None)
     keepdim = kwargs.pop("keepdim", args[2] if len(args) > 2 else False)
     dims = _dims(x, dim)
     if x.placed.dim not in dims:
-        return _after(x, getattr(torch, name)(piece_of(x), dims, keepdim, **kwargs), dims, keepdim)
-    y = shared.total(piece_of(x).sum(dims, keepdim, **kwargs), x.placed.group)
-    return y if name == "sum" else y / math.prod(global_shape(x)[d] for d in dims)
+        return _after(x, getattr(torch, name)(piece_of(x), dims, keepdim, **kwargs), dims)
+    piece = piece_of(x)
+    dtype = getattr(torch, name)(piece.detach().new_zeros(1), **kwargs).dtype  # autocast may decide
+    y = shared.total(piece.sum(dims, keepdim, dtype=_wide(dtype)), x.placed.group)
+    return (y if name == "sum" else y / math.prod(global_shape(x)[d] for d in dims)).to(dtype)
 
 
 @handles(
@@ -75,7 +87,7 @@ def _sum(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 )
 def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Reduce along other dimensions than the cut one; over all of the image, only what ranks can add."""
-    x, name = args[0], function.__name__
+    x, name, kwargs = args[0], function.__name__, _torch_names(kwargs)
     if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
         return pointwise(torch.maximum if name == "max" else torch.minimum, args, kwargs)
     dim = argument(args, kwargs, 2 if name in ("norm", "vector_norm", "topk") else 1, "dim")
@@ -83,19 +95,39 @@ def _others(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         dim = -1
     if dim is None or x.placed.dim in _dims(x, dim):
         if dim is None and name in ("amax", "amin", "max", "min", "all", "any"):
-            return _extreme(piece_of(x), name, x.placed.group)
+            if name in ("all", "any"):
+                return _extreme(piece_of(x).bool(), name, x.placed.group)
+            return _Extreme.apply(piece_of(x), name, x.placed.group)
         raise refusal(f"{name} over the rows", args)
-    keepdim = kwargs.get("keepdim", False) or name in ("topk", "sort", "argsort")
     y = function(piece_of(x), *args[1:], **kwargs)
     if isinstance(y, Tensor):
-        return _after(x, y, _dims(x, dim), keepdim)
-    return type(y)([_after(x, part, _dims(x, dim), keepdim) for part in y])
+        return _after(x, y, _dims(x, dim))
+    return type(y)([_after(x, part, _dims(x, dim)) for part in y])
+
+
+class _Extreme(torch.autograd.Function):
+    """The largest or smallest value of all ranks; its gradient is shared by all values that are equal to it."""
+
+    @staticmethod
+    def forward(ctx: Any, piece: Tensor, name: str, group: Any) -> Tensor:
+        value = _extreme(piece, name, group)
+        ctx.save_for_backward(piece, value)
+        ctx.group = group
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        piece, value = ctx.saved_tensors
+        equal = (piece == value) | (piece.isnan() & value.isnan())
+        count = equal.sum()
+        dist.all_reduce(count, group=ctx.group)
+        return torch.where(equal, (grad / count).to(piece.dtype), 0), None, None
 
 
 def _extreme(piece: Tensor, name: str, group: Any) -> Tensor:
-    """Return the largest or smallest value of all ranks, or NaN where a rank has one; no gradient passes."""
+    """Return the largest or smallest value of all ranks, or NaN where a rank has one."""
     least, sign = name in ("amin", "min", "all"), -1 if name in ("amin", "min", "all") else 1
-    piece = piece.detach() if name not in ("all", "any") else piece.detach().bool()
     wide = piece.to(piece.dtype if piece.is_floating_point() else torch.float64)
     value = wide.new_full((1,), -sign * math.inf)
     if piece.numel():
@@ -132,17 +164,21 @@ def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     piece, target = piece_of(x), piece_of(target)
     if reduction == "none":
         return place(loss(piece, target, reduction="none", **given), x.placed.with_dim(x.placed.dim - 1))
+    one = piece.detach().new_zeros(1, 2)
+    dtype = loss(one, one[:, 0].long() if by_class else one).dtype  # autocast may decide
+    piece, target = piece.to(_wide(piece.dtype)), target.to(_wide(target.dtype))
+    given["weight"] = None if weight is None else weight.to(_wide(weight.dtype))
     value = loss(piece, target, reduction="sum", **given) if piece.numel() else piece.sum() * 0
     value = shared.total(value, x.placed.group)
     if reduction == "sum":
-        return value
+        return value.to(dtype)
     if not by_class:
-        return value / (global_shape(x).numel() // x.shape[1])
+        return (value / (global_shape(x).numel() // x.shape[1])).to(dtype)
     kept = target != given.get("ignore_index", -100)
     counts = kept if weight is None else weight.detach()[target.clamp(0, x.shape[1] - 1)] * kept
     total = counts.sum(dtype=torch.float64)
     dist.all_reduce(total, group=x.placed.group)
-    return value / total.to(value.dtype)
+    return (value / total.to(value.dtype)).to(dtype)
 
 
 @handles(
@@ -159,13 +195,25 @@ def _cross_entropy(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 def _elementwise_loss(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     name = function.__name__
     reduction = kwargs.pop("reduction", "mean")
-    if any(isinstance(a, str) for a in args) or reduction == "batchmean":
+    numbers = args[4 if name == "poisson_nll_loss" else 2 :]  # which has two switches of its own
+    old = any(kwargs.pop(key, None) is not None for key in ("size_average", "reduce"))
+    if old or any(isinstance(a, (str, bool)) for a in numbers) or reduction == "batchmean":
         raise refusal(f"{name} with this reduction", args)
-    given = spatial((*args, *kwargs.values()))
     values, keywords, layout, from_last = on_pieces(name, args, kwargs)
     if reduction == "none":
         y = function(*values, reduction="none", **keywords)
         return place(y, layout.with_dim(y.dim() - from_last))
-    value = function(*values, reduction="sum", **keywords)
+    one = lambda a: a.detach().new_zeros(1) if isinstance(a, Tensor) else a  # noqa: E731
+    ones = {key: one(a) for key, a in keywords.items()}
+    dtype = function(*map(one, values), reduction="sum", **ones).dtype  # autocast may decide
+    wide = lambda a: a.to(_wide(a.dtype)) if isinstance(a, Tensor) else a  # noqa: E731
+    value = function(*map(wide, values), reduction="sum", **{key: wide(a) for key, a in keywords.items()})
     value = shared.total(value, layout.group)
-    return value if reduction == "sum" else value / global_shape(given[0]).numel()
+    if reduction == "sum":
+        return value.to(dtype)
+    weight = keywords.get("weight") if name in ("mse_loss", "l1_loss") else None
+    if weight is not None:  # these two divide by its sum
+        return (value / shared.total(weight.sum(dtype=_wide(weight.dtype)), layout.group)).to(dtype)
+    given = named("input target", args, kwargs)
+    sizes = [global_shape(t) if isinstance(t, SpatialTensor) else t.shape for t in (given["input"], given["target"])]
+    return (value / math.prod(torch.broadcast_shapes(*sizes))).to(dtype)

@@ -59,6 +59,8 @@ def _interpolate(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTen
     if size[0] == layout.rows and mode != "nearest-exact":
         return place(piece, layout)
     if mode.startswith("nearest"):
+        if size[0] == 2 * layout.rows and mode == "nearest" and piece.device.type == "cpu":
+            scale = 0.5  # torch doubles so on a CPU, whatever factor it was given
         return _of_rows(piece, layout, _nearest(size[0], layout.rows, scale, 0.5 if mode == "nearest-exact" else 0.0))
     return _between_rows(piece, layout, *_linear(size[0], layout.rows, scale, corners))
 
@@ -145,6 +147,9 @@ def _pad(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
     if not before and not after:
         return place(piece, layout)
     if mode != "constant":
+        most = layout.rows - (mode == "reflect")
+        if mode != "replicate" and max(before, after) > most:
+            raise refusal(f"pad(mode={mode!r}) by {max(before, after)} rows", args, f"{x!r}, which allows {most}")
         return _of_rows(piece, layout, _padded_rows(layout.rows, before, after, mode))
     out = layout.with_rows(layout.rows + before + after)
     return place(fetch(piece, layout, lambda r: _shifted(out.of(r), before), 0.0 if value is None else value), out)
@@ -237,11 +242,13 @@ def _select(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @handles("pixel_shuffle")
 def _pixel_shuffle(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor:
     x, factor = args[0], argument(args, kwargs, 1, "upscale_factor", 1)
+    if x.placed.dim != x.dim() - 2:
+        raise refusal("pixel_shuffle of an image that is not cut along its height", args)
     rows = x.placed.rows * factor
     out = x.placed.with_rows(rows)
     read, have = take(piece_of(x), x.placed, rows, lambda row: [row // factor])
     y = F.pixel_shuffle(read, factor)
-    return place(y.narrow(2, out.mine.start - have.start * factor, out.mine.size) if out.mine.size else y, out)
+    return place(y.narrow(out.dim, out.mine.start - have.start * factor, out.mine.size) if out.mine.size else y, out)
 
 
 @handles("pixel_unshuffle")
@@ -249,6 +256,8 @@ def _pixel_unshuffle(function: Any, args: Any, kwargs: dict[str, Any]) -> Spatia
     x, factor = args[0], argument(args, kwargs, 1, "downscale_factor", 1)
     rows = x.placed.rows // factor
     out = x.placed.with_rows(rows)
+    if x.placed.dim != x.dim() - 2:
+        raise refusal("pixel_unshuffle of an image that is not cut along its height", args)
     if x.placed.rows % factor:
         raise refusal("pixel_unshuffle of rows that it does not divide", args)
     read = fetch(piece_of(x), x.placed, lambda r: Span(out.of(r).start * factor, out.of(r).end * factor))

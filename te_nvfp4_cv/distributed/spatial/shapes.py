@@ -18,6 +18,7 @@ from te_nvfp4_cv.distributed.spatial.tensor import (
     handles,
     piece_of,
     place,
+    pointwise,
     refusal,
     spatial,
 )
@@ -157,10 +158,18 @@ def _expand(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return place(y, x.placed.with_dim(dim))
 
 
+@handles("where")
+def _where(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Choose value by value; where(condition) alone gives the places, which are numbered on the whole image."""
+    if len(args) + len(kwargs) < 3:
+        raise refusal("where(condition)", args)
+    return pointwise(function, args, kwargs)
+
+
 @handles("flip", "roll")
 def _flip(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    x = args[0]
-    dims = kwargs.get("dims", args[2] if function.__name__ == "roll" and len(args) > 2 else args[1:])
+    x, rolls = args[0], function.__name__ == "roll"  # without dims, over all of the image
+    dims = kwargs.get("dims", args[2:3] if rolls else args[1:])
     flat = [
         d
         for entry in ((dims,) if isinstance(dims, int) else dims)

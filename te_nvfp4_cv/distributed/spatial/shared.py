@@ -5,7 +5,8 @@
     total      sums of pieces become one whole number                forward: ranks' sums are added
 
 A loss that every rank computes from whole tensors is the same on every rank, and each starts backward with 1; so the
-gradient of a whole tensor is whole wherever it is, and `total` passes it on as it is.
+gradient of a whole tensor is whole wherever it is, and `total` passes it on as it is. A second differentiation raises:
+what ranks exchange has no history.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from te_nvfp4_cv.distributed.spatial.rows import Layout
 
 
 def _sum(t: Tensor, group: Any) -> Tensor:
-    """Return the sum over the ranks, added in fp32 or more."""
-    wide = t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
+    """Return the sum over the ranks, added in fp32 or more; of integers, as they are."""
+    wide = (t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t).contiguous()
     wide = wide.clone() if wide.data_ptr() == t.data_ptr() else wide
     dist.all_reduce(wide, group=group)
     return wide.to(t.dtype)
@@ -34,6 +36,7 @@ class _Use(torch.autograd.Function):
         return t.view_as(t)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _sum(grad, ctx.group), None
 
@@ -45,6 +48,7 @@ class _OwnRows(torch.autograd.Function):
         return t.narrow(layout.dim, layout.mine.start, layout.mine.size).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         layout = ctx.layout
         whole = grad.new_zeros(ctx.shape)
@@ -58,6 +62,7 @@ class _Total(torch.autograd.Function):
         return _sum(t, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
@@ -75,6 +80,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([p.narrow(dim, 0, size) for p, size in zip(pieces, sizes, strict=True)], dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         layout = ctx.layout
         return grad.narrow(layout.dim, layout.mine.start, layout.mine.size).contiguous(), None

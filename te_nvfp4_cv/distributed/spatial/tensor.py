@@ -326,12 +326,14 @@ def on_pieces(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[list[Any], 
 def pointwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Compute a function of every value by itself on the piece."""
     name = function.__name__
+    method = name.endswith("_") and not name.startswith("__")
+    in_place = method or (name.startswith("__i") and name != "__invert__") or kwargs.get("inplace") is True
+    target = args[0] if method else kwargs.get("out")
+    if isinstance(target, Tensor) and not isinstance(target, SpatialTensor):
+        raise refusal(f"{name} that writes into a whole tensor", (args, kwargs))
     pieces, keywords, layout, from_last = on_pieces(name, args, kwargs)
     y = function(*pieces, **keywords)
-    in_place = (
-        name.endswith("_") and (not name.startswith("__") or name.startswith("__i")) or kwargs.get("inplace") is True
-    )
-    if in_place and isinstance(args[0], SpatialTensor) and name not in ("__invert__",):
+    if in_place and args and isinstance(args[0], SpatialTensor):
         return written(args[0])
     return place(y, layout.with_dim(y.dim() - from_last)) if isinstance(y, Tensor) else y
 

@@ -14,6 +14,7 @@ from te_nvfp4_cv.distributed.spatial import shared
 from te_nvfp4_cv.distributed.spatial.halo import fetch
 from te_nvfp4_cv.distributed.spatial.rows import Layout, Span, Window
 from te_nvfp4_cv.distributed.spatial.tensor import SpatialTensor, handles, named, piece_of, place, refusal
+from te_nvfp4_cv.errors import describe
 from te_nvfp4_cv.ops.geometry import ConvArgs, int_tuple, output_size, transposed_output_size
 
 
@@ -64,7 +65,7 @@ def convolution(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvAr
     else:
         rows = output_size(layout.rows, w.shape[2], *(v[0] for v in (stride, padding, dilation)))
         others = [output_size(*size) for size in sizes[1:]]
-    out = layout.with_rows(rows)
+    out = layout.with_rows(_at_least_one(rows, op, x))
     channels = w.shape[1] * args.groups if transposed else w.shape[0]
     shape = (x.shape[0], channels, out.mine.size, *others)
     if not transposed:
@@ -82,6 +83,17 @@ def convolution(op: str, x: Tensor, w: Tensor, bias: Tensor | None, args: ConvAr
         y = getattr(F, op)(read, w, None, stride, (0, *padding[1:]), (0, *extra[1:]), args.groups, dilation)
         y = cropped(y, 2, from_rows.start * stride[0] - padding[0], mine)
     return place(y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * rank), out)
+
+
+def _at_least_one(rows: int, name: str, x: Tensor) -> int:
+    """Return the number of output rows.
+
+    Raises:
+        ValueError: there are none: the window is larger than the image.
+    """
+    if rows < 1:
+        raise refusal(name, (), f"a window of more rows than the image and its padding have, {describe(x)} on a rank")
+    return rows
 
 
 def cropped(y: Tensor, dim: int, start: int, wanted: Span) -> Tensor:
@@ -117,7 +129,7 @@ def _max_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor
     kernel, stride, padding, dilation = _sizes(given, rank)
     ceil_mode = bool(given.get("ceil_mode"))
     layout, w = x.placed, Window(kernel[0], stride[0], padding[0], dilation[0])
-    rows = _pooled_size(layout.rows, *w, ceil_mode)
+    rows = _at_least_one(_pooled_size(layout.rows, *w, ceil_mode), function.__name__, piece_of(x))
     out = layout.with_rows(rows)
     read = rows_read(layout, w, rows, -math.inf)(piece_of(x))
     pool = getattr(F, f"max_pool{rank}d")
@@ -140,10 +152,10 @@ def _avg_pool(function: Any, args: Any, kwargs: dict[str, Any]) -> SpatialTensor
     kernel, stride, padding, _ = _sizes(given, rank)
     ceil_mode, include = bool(given.get("ceil_mode")), given.get("count_include_pad", True)
     layout, w = x.placed, Window(kernel[0], stride[0], padding[0], 1)
-    rows = _pooled_size(layout.rows, *w, ceil_mode)
+    rows = _at_least_one(_pooled_size(layout.rows, *w, ceil_mode), function.__name__, piece_of(x))
     out, piece = layout.with_rows(rows), piece_of(x)
     if any(padding) or ceil_mode:
-        # Windows that reach beyond the image divide by fewer values: sums of the values, by sums of ones.
+        # Windows that reach beyond the image divide by fewer values: means of the values, by means of ones.
         return _divided(piece, layout, w, out, (kernel, stride, padding), (rank, ceil_mode, include, divisor))
     read = rows_read(layout, w, rows)(piece)
     if not out.mine.size:
@@ -176,11 +188,12 @@ def _divided(piece: Tensor, layout: Layout, w: Window, out: Layout, sizes: Any, 
         return place(nothing(values, (*values.shape[:2], 0, *others)), out)
     taps = math.prod(kernel)
     pool = getattr(F, f"avg_pool{rank}d")
-    sums = pool(values, kernel, stride) * taps
+    means = pool(values, kernel, stride)
+    wide = torch.promote_types(means.dtype, torch.float32)  # of fp16, sums might be beyond the range
     if divisor is not None:
-        return place(sums / divisor, out)
+        return place((means.to(wide) * (taps / divisor)).to(means.dtype), out)
     # What counts: the image, and with count_include_pad the padding too, but never what ceil_mode adds at the end.
-    mask = piece.new_zeros((1, 1, values.shape[2], *values.shape[3:]))
+    mask = piece.new_zeros((1, 1, values.shape[2], *values.shape[3:]), dtype=wide)
     first = w.reads(out.mine).start
     low, high = (-w.padding, layout.rows + w.padding) if include else (0, layout.rows)
     counted = Span(first, first + values.shape[2]).within(Span(low, high))
@@ -188,7 +201,7 @@ def _divided(piece: Tensor, layout: Layout, w: Window, out: Layout, sizes: Any, 
     for axis, (n, p) in enumerate(zip(image, padding[1:], strict=True), start=3):
         inner = inner.narrow(axis, 0, n + 2 * p) if include else inner.narrow(axis, p, n)
     inner.fill_(1)
-    return place(sums / (pool(mask, kernel, stride) * taps), out)
+    return place((means.to(wide) / pool(mask, kernel, stride)).to(means.dtype), out)
 
 
 @handles(
@@ -212,10 +225,11 @@ def _adaptive(function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     pool = getattr(F, name)
     others = [n if s is None else s for n, s in zip(piece.shape[3:], size[1:], strict=True)]
     if size[0] == 1 and "avg" in name:
-        # Sums over this rank's rows; the result is whole on every rank.
+        # Means over this rank's rows, by their share of all rows; the result is whole on every rank.
         rows = piece.shape[2]
-        sums = pool(piece, [1, *others]) * rows if rows else nothing(piece, (*piece.shape[:2], 1, *others))
-        return shared.total(sums, layout.group) / layout.rows
+        means = pool(piece, [1, *others]) if rows else nothing(piece, (*piece.shape[:2], 1, *others))
+        wide = means.to(torch.promote_types(means.dtype, torch.float32)) * (rows / layout.rows)
+        return shared.total(wide, layout.group).to(means.dtype)
     if size[0] not in (None, layout.rows):
         if layout.rows % size[0]:
             raise refusal(f"{name} to {size[0]} rows of {layout.rows}", args)
