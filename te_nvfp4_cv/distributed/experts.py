@@ -8,6 +8,7 @@ those of quantizing after an exchange in high precision, bit for bit, so fprop o
 (with amaxes shared by the group, as the tensor scale is). wgrad quantizes the rows again along the tokens: it sees the
 values of the codes. Gradients of the rows travel as codes too, rounded as the recipe rounds dy, as dgrad would do
 with them in the layer before; those of combine in high precision. One exchange of sizes, one of rows each way.
+If one rank's rows need a gradient, all ranks take part in backward. A second differentiation raises.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from te_nvfp4_cv import formats
 from te_nvfp4_cv.backend import dispatch as backends
@@ -45,7 +47,10 @@ def dispatch(x: Tensor, sizes: list[int] | Tensor, group: Any = None, recipe: An
         from each rank: what `combine` takes to send results back.
     Raises:
         RuntimeError: torch.distributed is not initialized.
-        ValueError: sizes that do not fit; a recipe that quantizes x otherwise (4over6, other block formats).
+        ValueError: sizes that do not fit; rows of another dtype or length than other ranks have; a recipe that quantizes
+            x otherwise (4over6, other block formats).
+
+    A rank that gets no rows calls its experts with none, or the others wait for its gradient in backward.
 
     Example:
         >>> import torch, te_nvfp4_cv as nv
@@ -67,7 +72,7 @@ def dispatch(x: Tensor, sizes: list[int] | Tensor, group: Any = None, recipe: An
             needs="NVFP4 with one tensor scale of x, without 4over6 of activations",
             fix="use a recipe without these for the experts",
         )
-    given, received = _agreed(sizes, x, ranks, group)
+    x, given, received = _agreed(sizes, x, ranks, group)
     rows: Tensor = _Exchange.apply(x, given, received, group, chosen)
     return rows, received
 
@@ -83,14 +88,14 @@ def combine(y: Tensor, sizes: list[int] | Tensor, group: Any = None) -> Tensor:
         [T, O] in y's dtype, in the order in which dispatch was given the rows.
     Raises:
         RuntimeError: torch.distributed is not initialized.
-        ValueError: sizes that do not fit.
+        ValueError: sizes that do not fit; rows of another dtype or length than other ranks have.
 
     Example:
         >>> import te_nvfp4_cv as nv
         >>> y = nv.distributed.combine(rows, received)  # doctest: +SKIP
     """
     group, ranks = check_group(group, "combine")
-    given, received = _agreed(sizes, y, ranks, group)
+    y, given, received = _agreed(sizes, y, ranks, group)
     rows: Tensor = _Exchange.apply(y, given, received, group, None)
     return rows
 
@@ -106,6 +111,7 @@ class _Exchange(torch.autograd.Function):
         return _exchange(x.detach(), sizes, received, group, recipe, Role.INPUT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx = _exchange(dy, ctx.received, ctx.sizes, ctx.group, ctx.recipe, Role.GRAD_OUTPUT)
         return dx, None, None, None, None
@@ -158,17 +164,20 @@ def _all_to_all(x: Tensor, sizes: list[int], received: list[int], group: Any) ->
     return out
 
 
-def _agreed(sizes: list[int] | Tensor, x: Tensor, ranks: int, group: Any) -> tuple[list[int], list[int]]:
-    """Return how many rows go to each rank, and how many come from each.
+def _agreed(sizes: list[int] | Tensor, x: Tensor, ranks: int, group: Any) -> tuple[Tensor, list[int], list[int]]:
+    """Return x, how many rows go to each rank, and how many come from each.
 
-    A rank whose arguments do not fit tells the others before it raises, or they would wait for its rows.
+    A rank whose arguments do not fit tells the others before it raises, or they would wait for its rows. x needs a
+    gradient if that of any rank does: in backward all ranks must be there.
 
     Raises:
-        ValueError: on every rank, if one rank's sizes do not fit its rows.
+        ValueError: on every rank, if one rank's sizes do not fit its rows, or rows that travel differ in kind.
     """
     given = [int(n) for n in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
     fits = x.dim() == 2 and x.dtype in DTYPES and len(given) == ranks and min(given) >= 0 and sum(given) == x.shape[0]
-    told = gather_ints([*given, 1] if fits else [0] * (ranks + 1), torch.empty(0, device=x.device), group)
+    trains = x.requires_grad and torch.is_grad_enabled()
+    mine = [*given, x.shape[1], list(DTYPES).index(x.dtype), trains, 1] if fits else [0] * (ranks + 4)
+    told = gather_ints(mine, torch.empty(0, device=x.device), group)
     if not all(row[-1] for row in told):
         bad = [rank for rank, row in enumerate(told) if not row[-1]]
         raise value_error(
@@ -177,4 +186,19 @@ def _agreed(sizes: list[int] | Tensor, x: Tensor, ranks: int, group: Any) -> tup
             needs=f"x [T, C] in bf16, fp16 or fp32, and {ranks} sizes (one for each rank) that sum to T",
             fix="torch.bincount(rank_of_row, minlength=ranks), with the rows sorted by rank",
         )
-    return given, [row[dist.get_rank(group)] for row in told]
+    # Of ranks that send or get rows: another one may have none of any kind.
+    kinds = {
+        rank: f"[T, {row[ranks]}] {str(list(DTYPES)[row[ranks + 1]]).removeprefix('torch.')}"
+        for rank, row in enumerate(told)
+        if any(row[:ranks]) or any(other[rank] for other in told)
+    }
+    if len(set(kinds.values())) > 1:
+        raise value_error(
+            "nvfp4: the ranks' rows are of different kinds.",
+            got="; ".join(f"{kind} on rank {rank}" for rank, kind in kinds.items()),
+            needs="rows of one length and dtype on all ranks",
+            fix="x.to(dtype) on every rank, on one that has no rows, too",
+        )
+    if not x.requires_grad and any(row[-2] for row in told) and torch.is_grad_enabled():
+        x = x.detach().requires_grad_()
+    return x, given, [row[dist.get_rank(group)] for row in told]

@@ -96,6 +96,34 @@ def on_ranks_bad_sizes_raise_everywhere(ranks: Ranks) -> None:
     assert bool(rows.isnan().all())
 
 
+def on_ranks_rows_of_different_kinds_raise_everywhere(ranks: Ranks) -> None:
+    first, sizes = ranks.rank == 0, [2] * ranks.world
+    rows = torch.ones(2 * ranks.world, 32, device=ranks.device)
+    with pytest.raises(ValueError, match=r"of different kinds[\s\S]*bfloat16 on rank 0; \[T, 32\] float32 on rank 1"):
+        nv.distributed.combine(rows.bfloat16() if first else rows, sizes, ranks.group)
+    with pytest.raises(ValueError, match=r"of different kinds[\s\S]*\[T, 16\] float32 on rank 0; \[T, 32\]"):
+        nv.distributed.dispatch(rows[:, :16] if first else rows, sizes, ranks.group)
+    # A rank that neither sends nor gets rows may have any.
+    none, only = [0] * ranks.world, [0] * (ranks.world - 1) + [2]
+    last = ranks.rank == ranks.world - 1
+    x = rows[:2] if last else torch.ones(0, 8, dtype=torch.bfloat16, device=ranks.device)
+    assert same_bits(nv.distributed.combine(x, only if last else none, ranks.group), x)
+
+
+def on_ranks_all_take_part_in_backward(ranks: Ranks) -> None:
+    x = torch.ones(2 * ranks.world, 32, device=ranks.device, requires_grad=ranks.rank == 0)
+    rows, received = nv.distributed.dispatch(x, [2] * ranks.world, ranks.group, NO_SR)
+    nv.distributed.combine(rows * 2, received, ranks.group).sum().backward()
+    assert (x.grad is not None and same_bits(x.grad, torch.full_like(x, 2))) == (ranks.rank == 0)
+    with torch.no_grad():  # nobody trains
+        assert not nv.distributed.dispatch(x, received, ranks.group)[0].requires_grad
+    x = x.detach().requires_grad_()
+    y = nv.distributed.combine(x * x, received, ranks.group).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+        dx.sum().backward()
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
