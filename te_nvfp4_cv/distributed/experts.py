@@ -47,8 +47,8 @@ def dispatch(x: Tensor, sizes: list[int] | Tensor, group: Any = None, recipe: An
         from each rank: what `combine` takes to send results back.
     Raises:
         RuntimeError: torch.distributed is not initialized.
-        ValueError: sizes that do not fit; rows of another dtype or length than other ranks have; a recipe that quantizes
-            x otherwise (4over6, other block formats).
+        ValueError: sizes that do not fit; rows of another dtype or length than those of other ranks; a recipe that
+            quantizes x otherwise (4over6, other block formats).
 
     A rank that gets no rows calls its experts with none, or the others wait for its gradient in backward.
 

@@ -45,7 +45,8 @@ ROWS = {Role.INPUT: 0, Role.GRAD_OUTPUT: 1}  # of pairs of numbers, for x and fo
 _NAMELESS = -(2**31) + 1  # in place of n and of -n: no maximum
 
 _lock = threading.Lock()
-_groups: dict[Any, tuple[Any, Any]] = {}  # (ranks, backend) -> (the default group at that time, the group)
+# (ranks, backend) -> the default group at that time, and the group. Weak: its threads and sockets end with it.
+_groups: dict[Any, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
 _paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _texts: dict[int, str] = {}  # what a number stands for; errors say it
 
@@ -57,10 +58,10 @@ def own_group(group: Any, device: torch.device, backend: str | None = None) -> A
     """
     ranks = tuple(dist.get_process_group_ranks(group))
     known = _groups.get((ranks, backend))
-    # After destroy_process_group a group of that name is a dead one.
-    if known is not None and known[0] is dist.group.WORLD:
-        return known[1]
     world: Any = dist.group.WORLD
+    # After destroy_process_group a group of that name is a dead one.
+    if known is not None and known[0]() is world and known[1]() is not None:
+        return known[1]()
     if backend is None and len(ranks) < world.size() and world.bound_device_id is not None:
         # NCCL splits a group off the default one there, for which it needs ranks that do not come here.
         made = group
@@ -73,7 +74,7 @@ def own_group(group: Any, device: torch.device, backend: str | None = None) -> A
             list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc="nvfp4_amax"
         )
     with _lock:
-        _groups[ranks, backend] = (world, made)
+        _groups[ranks, backend] = (weakref.ref(world), weakref.ref(made))
     return made
 
 

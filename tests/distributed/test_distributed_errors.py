@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import te_nvfp4_cv as nv
+from te_nvfp4_cv.layer import shared_amax
 
 X = torch.randn(4, 5, 32)
 
@@ -23,6 +27,21 @@ def test_shared_amaxes_of_a_model_with_a_script_module(group):
     with nv.nvfp4_autocast(amax_reduction_group=group):
         model(X).sum().backward()
     assert model[0].weight.grad is not None
+
+
+def test_the_group_of_shared_amaxes_ends_with_the_others(tmp_path):
+    layer, alive = torch.nn.Linear(32, 32), []
+    for name in "ab":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/{name}", rank=0, world_size=1)
+        with nv.nvfp4_autocast(amax_reduction_group=torch.distributed.group.WORLD):
+            layer(X).sum().backward()
+        made = shared_amax.own_group(torch.distributed.group.WORLD, X.device)
+        assert made is shared_amax.own_group(torch.distributed.group.WORLD, X.device)
+        alive.append(weakref.ref(made))
+        del made
+        torch.distributed.destroy_process_group()
+        gc.collect()
+    assert [group() for group in alive] == [None, None]
 
 
 def test_without_torch_distributed():
