@@ -7,7 +7,7 @@
 A chain of more layers is cut into such pieces. What enters and leaves a piece is whole on every rank, so the rest of
 the network stays as it is. The network is traced by torch.fx; where that cannot trace a module, its children are looked
 at one by one. A layer is shared out if each rank gets a multiple of 16 channels: then operands have the codes of the
-unsharded layer.
+unsharded layer. Weights that are tied, or read by others than their layer, stay whole.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def plan(model: nn.Module, mesh: Any) -> dict[str, Style]:
     check_module("tensor_parallel.plan", model, "nv.tensor_parallel.plan(model, mesh)")
     found: dict[str, Style] = {}
     ranks = mesh.size()
-    for chain in _chains(model, "", ranks):
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for chain in _chains(model, "", ranks, {p for p, count in owners.items() if count > 1}):
         layers = [name for name, _ in chain]
         while len(layers) > 1:
             size = 3 if len(layers) % 2 else 2
@@ -94,16 +95,18 @@ class _Tracer(fx.Tracer):
         return type(m) in _LAYERS or bool(tp_norm.kind_of(m)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _chains(model: nn.Module, prefix: str, ranks: int) -> list[Chain]:
-    """Return the longest chains of layers that can be shared out."""
+def _chains(model: nn.Module, prefix: str, ranks: int, tied: set[int]) -> list[Chain]:
+    """Return the longest chains of layers that can be shared out; `tied`: ids of the parameters of several modules."""
     try:
         graph = _Tracer().trace(model)
     except Exception:  # code that cannot run on stand-ins may fail anywhere
         children = model.named_children()
-        return [chain for name, child in children for chain in _chains(child, f"{prefix}{name}.", ranks)]
+        return [chain for name, child in children for chain in _chains(child, f"{prefix}{name}.", ranks, tied)]
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    once = {name for name, count in calls.items() if count == 1}
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    read |= {name for name in calls if any(id(p) in tied for p in modules[name].parameters(recurse=False))}
+    once = {name for name, count in calls.items() if count == 1} - read
     following: dict[str, tuple[list[str], str]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and node.target in once and _is_layer(modules[node.target]):

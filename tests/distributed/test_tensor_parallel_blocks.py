@@ -284,3 +284,24 @@ def test_plans_of_networks():
         with torch.device("meta"):
             styles = Counter(type(style) for style in nv.tensor_parallel.plan(make(), mesh).values())
         assert [styles[kind] for kind in (COLUMNS, NORMS, ROWS)] == counts, make
+
+
+class Tied(nn.Module):
+    """Four layers, of which the last has the first one's weight, or reads it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+        if how == "tied":
+            self.d.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)))))))
+        return x @ self.a.weight if self.how == "read" else x
+
+
+def test_plans_leave_tied_weights_whole():
+    mesh = SimpleNamespace(size=lambda: 2)
+    for how, shared in (("", "abcd"), ("tied", "bc"), ("read", "bcd")):
+        assert "".join(nv.tensor_parallel.plan(Tied(how), mesh)) == shared, how
