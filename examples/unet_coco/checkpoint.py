@@ -63,15 +63,15 @@ def check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         return
     raise value_error(
         f"checkpoint: {path} belongs to another run (differing: {', '.join(differing)}).",
-        got="; ".join(f"{key} = {_short(saved.get(key))}" for key in differing),
-        needs="; ".join(f"{key} = {_short(now.get(key))}" for key in differing),
+        got="; ".join(f"{key} = {_shown(saved, key)}" for key in differing),
+        needs="; ".join(f"{key} = {_shown(now, key)}" for key in differing),
         fix="use the options of the checkpoint's run, choose another --out, or leave --resume out to start again",
     )
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return "its default"
+def _shown(identity: dict[str, Any], key: str) -> str:
+    # What is not in an identity has its default; that of the dtype is none of today's options.
+    value = identity.get(key, "bf16" if key == "compute" else "its default")
     text = " | ".join(line for line in str(value).splitlines() if line.strip())
     return text if len(text) <= 300 else text[:297] + "..."
 

@@ -104,7 +104,7 @@ def test_the_identity_in_bf16_is_as_it_was(shapes: Path, tmp_path: Path) -> None
     bf16 = make_trainer(shapes, tmp_path, "nvfp4", "--compute", "bf16")
     bf16._save()
     with pytest.raises(
-        ValueError, match=r"differing: compute\)[\s\S]*got: *compute = None[\s\S]*needs: compute = fp32"
+        ValueError, match=r"differing: compute\)[\s\S]*got: *compute = bf16[\s\S]*needs: compute = fp32"
     ):
         make_trainer(shapes, tmp_path, "nvfp4", "--compute", "fp32").resume()
     assert make_trainer(shapes, tmp_path, "nvfp4", "--compute", "bf16").resume()

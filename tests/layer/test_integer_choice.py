@@ -120,6 +120,7 @@ def test_no_backend_gets_the_plan_of_another(passes, plans, dtype):
 def first_use(monkeypatch, tmp_path):
     """A function: the check's answer -> the list of its runs, in a new process with an empty cache folder."""
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "ready", lambda name: None)  # nor one that came with a folder that is only read
     runs: list[bool] = []
 
     def prepare(answer: bool) -> list[bool]:
