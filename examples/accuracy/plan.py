@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from te_nvfp4_cv.errors import value_error
@@ -25,6 +26,7 @@ class Stage:
     Attributes:
         pairs: A number, or TO_THE_TARGET; then the stage has one variant.
         first_seed: The seed of the first pair.
+        halfway: After so many pairs only variants go on that are better than the preset somewhere. 0: all of them.
     """
 
     title: str
@@ -34,6 +36,7 @@ class Stage:
     epochs: int | None = None
     only_after_gap: bool = False
     first_seed: int = 0
+    halfway: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Plan:
                 for task in stage.tasks:
                     for variant in ("baseline", *stage.variants) if pair < pairs[task] else ():
                         arm = self.arm(task, variant, stage.first_seed + pair, stage.epochs)
-                        if arm not in seen:
+                        dropped = pair >= stage.halfway > 0 and self._worse_halfway(stage, arm, rows)
+                        if arm not in seen and not dropped:
                             seen.add(arm)
                             yield arm
 
@@ -92,6 +96,18 @@ class Plan:
         pairs = pairs_of(rows, self.arm(task, "preset"))
         complete = len(pairs.rows) + pairs.diverged >= self.pairs_to_target(task, rows)
         return complete and has_gap(pairs, pairs.chosen_score(self.first_pairs))
+
+    def _worse_halfway(self, stage: Stage, arm: Arm, rows: Rows) -> bool:
+        """Return True if the first pairs are neither in the score nor in the training loss better than the preset's."""
+        seeds = range(stage.first_seed, stage.first_seed + stage.halfway)
+        first = {other: row for other, row in rows.items() if other.seed in seeds}
+        pairs = pairs_of(first, arm, "preset")
+        if arm.variant in ("baseline", "preset") or len(pairs.rows) + pairs.diverged < stage.halfway:
+            return False
+        if not pairs.rows:
+            return True
+        better = fmean(pairs.differences("score")) > 0 or fmean(pairs.loss_ratios()) < 1
+        return not better
 
     def _pairs(self, stage: Stage, task: str, rows: Rows) -> int:
         if stage.only_after_gap and not self.shows_gap(task, rows):

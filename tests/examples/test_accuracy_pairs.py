@@ -149,6 +149,23 @@ def test_a_variant_other_than_the_preset_is_confirmed_to_the_target_on_seeds_of_
     assert table.summary(rows, confirmed[1], plan)["to_go"] == 1
 
 
+@pytest.mark.parametrize(
+    ("score", "loss", "pairs"),
+    [(-0.1, 1.1, 4), (0.0, 1.0, 4), (0.1, 1.1, 8), (-0.1, 0.9, 8)],
+    ids=["worse in both", "the same", "a better score", "a better loss"],
+)
+def test_a_lever_that_is_better_in_nothing_ends_halfway(score, loss, pairs):
+    plan = replace(read_plan(PLAN, "cpu"), budget_hours=1e9)
+    lever, rows = "mean shift", {}
+    while arm := next(plan.wanted(rows), None):
+        gap, ratio = {"baseline": (0.0, 1.0), lever: (score - 1.0, loss * 1.2)}.get(arm.variant, (-1.0, 1.2))
+        late = 5.0 if arm.variant == lever and arm.seed >= 4 else 0.0  # what comes later does not count
+        row = run_row(arm.variant, arm.seed, 90.0 + gap + late)
+        rows[arm] = {**row, **arm.to_row(), "tail_loss": row["tail_loss"] * ratio}
+    assert [arm.seed for arm in rows if arm.variant == lever and arm.task == "shapes-unet"] == list(range(pairs))
+    assert [arm.seed for arm in rows if arm.variant == "minus SR"] == list(range(8))
+
+
 def test_no_run_starts_when_the_budget_is_spent():
     plan = replace(read_plan(PLAN, "cpu"), budget_hours=0.1)
     rows = table_of(*(run_row("baseline", s, 1.0) for s in range(5)))
