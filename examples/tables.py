@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from accuracy import choice  # noqa: E402
 from accuracy.pairs import FIXED, PLANNED  # noqa: E402
 from accuracy.plan import read_plan  # noqa: E402
 from accuracy.rows import read_rows  # noqa: E402
@@ -114,6 +115,12 @@ def study_tables() -> Lines:
     """Return all that the study's rows give, a table a task."""
     plan = read_plan(DOCS / "accuracy" / "plan.toml", "cpu")
     return markdown(read_rows([DOCS / "accuracy" / "study.jsonl"]), {"cpu": plan}).strip().splitlines()
+
+
+def choice_table() -> Lines:
+    """Return the table of levers beside the default preset, by which a better one is chosen."""
+    plan = read_plan(DOCS / "accuracy" / "plan.toml", "cpu")
+    return table(choice.HEAD, choice.lines(read_rows([DOCS / "accuracy" / "study.jsonl"]), plan))
 
 
 def formats_table() -> Lines:
@@ -219,6 +226,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "readme": readme_table,
     "accuracy": accuracy_table,
     "study": study_tables,
+    "choice": choice_table,
     "formats": formats_table,
     "memory": memory_table,
     "speed": speed_table,

@@ -66,7 +66,7 @@ class Plan:
                 for task in stage.tasks:
                     for variant in ("baseline", *stage.variants) if pair < pairs[task] else ():
                         arm = self.arm(task, variant, stage.first_seed + pair, stage.epochs)
-                        dropped = pair >= stage.halfway > 0 and self._worse_halfway(stage, arm, rows)
+                        dropped = pair >= stage.halfway > 0 and self.ended_halfway(stage, arm, rows)
                         if arm not in seen and not dropped:
                             seen.add(arm)
                             yield arm
@@ -95,9 +95,13 @@ class Plan:
         """Return True if the pairs of the preset are complete and show a gap."""
         pairs = pairs_of(rows, self.arm(task, "preset"))
         complete = len(pairs.rows) + pairs.diverged >= self.pairs_to_target(task, rows)
-        return complete and has_gap(pairs, pairs.chosen_score(self.first_pairs))
+        return complete and has_gap(pairs, self.deciding_score(task, rows))
 
-    def _worse_halfway(self, stage: Stage, arm: Arm, rows: Rows) -> bool:
+    def deciding_score(self, task: str, rows: Rows) -> str:
+        """Return which score decides on this task, "score" or "ema_score": the preset's pairs say it for all levers."""
+        return pairs_of(rows, self.arm(task, "preset")).chosen_score(self.first_pairs)
+
+    def ended_halfway(self, stage: Stage, arm: Arm, rows: Rows) -> bool:
         """Return True if the first pairs are neither in the score nor in the training loss better than the preset's."""
         seeds = range(stage.first_seed, stage.first_seed + stage.halfway)
         first = {other: row for other, row in rows.items() if other.seed in seeds}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.examples.unet_coco_data import EXAMPLES  # noqa: F401  (puts examples/ on the path)
 
-from accuracy import pairs, plots, table  # noqa: E402  isort: skip
+from accuracy import choice, pairs, plots, table  # noqa: E402  isort: skip
 from accuracy.plan import PLAN, read_plan  # noqa: E402  isort: skip
 from accuracy.rows import Arm, append_row, collect, read_rows  # noqa: E402  isort: skip
 from accuracy.tasks import BLOCKS, TASKS, variants_of  # noqa: E402  isort: skip
@@ -164,6 +164,66 @@ def test_a_lever_that_is_better_in_nothing_ends_halfway(score, loss, pairs):
         rows[arm] = {**row, **arm.to_row(), "tail_loss": row["tail_loss"] * ratio}
     assert [arm.seed for arm in rows if arm.variant == lever and arm.task == "shapes-unet"] == list(range(pairs))
     assert [arm.seed for arm in rows if arm.variant == "minus SR"] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("levers", "expected"),
+    [
+        ({}, None),
+        ({"A": (0.20, 0.0, 0.8)}, "A"),
+        ({"A": (0.20, 0.0, 0.8), "B": (0.17, 0.0, 0.9)}, "B"),
+        ({"A": (0.20, 0.0, 0.8), "B": (0.10, 0.0, 0.9)}, "A"),
+        ({"A": (0.20, 0.0, 0.8), "B": (0.17, 0.0, 0.7)}, "A"),
+        ({"A": (-0.20, 0.1, 0.8)}, "A"),
+        ({"A": (0.20, 0.0, 0.8), "B": (0.0, 0.19, 0.9)}, "A"),
+        ({"A": (0.0, 0.50, 0.8)}, None),
+    ],
+    ids=[
+        "none is better", "a better score", "nearly as good, more FLOPs", "not nearly as good",
+        "nearly as good, fewer FLOPs", "a better loss only", "a score goes before a loss", "a loss that is too small",
+    ],
+)  # fmt: skip
+def test_a_better_preset_is_chosen_by_the_rule(levers, expected):
+    plan = read_plan(PLAN, "cpu")
+    names = {"A": "mean shift", "B": "delayed scales"}
+    stage = next(stage for stage in plan.stages if stage.only_after_gap)
+    given = {names[short]: gains for short, gains in levers.items()}
+
+    def judged(pairs: int) -> list[choice.Judged]:
+        rows = {}
+        for variant in ("baseline", *stage.variants):
+            score, loss, share = given.get(variant, (0.0, 0.0, 0.8) if variant == "preset" else (-0.1, -0.1, 0.8))
+            for seed in range(pairs):
+                noise = 0.0 if variant in ("baseline", "preset") else 0.01 * (-1) ** seed
+                arm = plan.arm("shapes-unet", variant, seed)
+                ratio = 1.0 if variant == "baseline" else 1.2 - loss + noise
+                row = run_row(variant, seed, 90.0 + score + noise, tail_loss=ratio, nvfp4_flops_share=share)
+                rows[arm] = row | arm.to_row()
+        return choice.judged(rows, plan)
+
+    best = choice.chosen(judged(8))
+    assert (None if best is None else best.variant) == names.get(expected)
+    assert [lever.variant for lever in judged(8)] == list(stage.variants[1:])
+    states = {lever.variant: lever.state for lever in judged(7)}  # one pair is missing
+    assert states == {name: "runs" if name in given else "ended halfway" for name in stage.variants[1:]}
+    assert choice.chosen(judged(7)) is None
+
+
+def test_levers_that_end_halfway_do_not_hold_up_the_choice():
+    plan = read_plan(PLAN, "cpu")
+    stage = next(stage for stage in plan.stages if stage.only_after_gap)
+    rows = {}
+    for variant in ("baseline", *stage.variants):
+        better = 0.2 if variant == "mean shift" else 0.0
+        for seed in range(8 if variant in ("baseline", "preset", "mean shift") else 4):
+            arm = plan.arm("shapes-unet", variant, seed)
+            noise = 0.001 * (-1) ** seed * (better > 0)
+            rows[arm] = run_row(variant, seed, 90.0 + better + noise) | arm.to_row()
+    best = choice.chosen(choice.judged(rows, plan))
+    assert best is not None and best.variant == "mean shift"
+    cells = {line[0]: line for line in choice.lines(rows, plan)}
+    assert cells["mean shift"] == ["mean shift", "8", "+0.20 ± 0.00", "+0.000 ± 0.000", "90.0%", "**chosen**"]
+    assert cells["delayed scales"][-1] == "ended halfway"
 
 
 def test_no_run_starts_when_the_budget_is_spent():
