@@ -3,7 +3,7 @@
 Found wrong in triton 3.6 to 3.9: fp32 to bf16 truncates; fp32 to E4M3 loses the carry of rounding and does not
 saturate; an E4M3 NaN reads as 480; tl.dot multiplies the bit patterns of bf16; tl.dot_scaled fails (3.6) or reads E4M3
 scales as E8M0 (3.8, 3.9); ~ on unsigned integers overflows; range() over a runtime size fails with NumPy 2.4; the & of
-a block's mask and a scalar's is no mask (3.9).
+a block's mask and a scalar's is no mask (3.9); an argument from 2^31 to 2^32 becomes negative when it is shifted.
 It also spends a third of its time on checks of integer overflow that nobody reads without its debug option, and on a
 table of dtypes that it makes anew at every question.
 install() patches private names of the interpreter, once, after triton is imported and before the first launch.
@@ -117,6 +117,14 @@ def install() -> None:
 
         return masked
 
+    argument_before = interpreter._implicit_cvt
+
+    def argument(value: Any) -> Any:
+        made = argument_before(value)
+        if isinstance(value, int) and 2**31 <= value < 2**32:  # whose type is int64, but not NumPy's
+            made.handle.data = made.handle.data.astype(np.int64)
+        return made
+
     dtypes: dict[Any, Any] = {}
     dtype_before = interpreter._get_np_dtype
 
@@ -131,6 +139,7 @@ def install() -> None:
     if not interpreter.interpreter_builder.options.debug:
         options = interpreter.interpreter_builder.options
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    interpreter._implicit_cvt = argument
     interpreter._get_np_dtype = np_dtype
     builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
     builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)

@@ -24,7 +24,8 @@ WIDE_LOADS = [r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global
 WIDE_STORES = [r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64|st\.global[.\w:]*\.v2\.b32"]
 CONVERTING = (100, 120)  # with an instruction for E2M1; 100 also computes pairs of fp32 values
 # Not specialized.
-PLAIN = ("tiles", "taps", "group_rows", "group_blocks", "row_blocks", "words", "w_programs", "per_row", "x_programs")
+PLAIN = ("tiles", "per_band", "taps", "group_rows", "group_blocks", "row_blocks")
+PLAIN += ("words", "w_programs", "per_row", "x_programs")
 INTEGERS = ("images", "rows", "run", "per_row", "word2")
 FACTOR = dict(factor="*fp32", other="*fp32", number="fp32")
 WATCH = dict(work="*i32", seen="*fp32", collected="*fp32", saturated="*fp64")
@@ -138,7 +139,7 @@ def tiles(name: str, **changes: Any) -> dict[str, Any]:
     values |= changes
     signature = dict(w=f"*{w}", amax="*fp32", data="*i64", scale="*u8", dequantized="*bf16", **FACTOR)
     signature |= {name_: "i32" for name_ in ("width", "stride_o", "stride_t", "stride_c")}
-    signature |= {name_: "i32" for name_ in PLAIN[:5]}
+    signature |= {name_: "i32" for name_ in PLAIN[:6]}
     file, table = "block_kernels", "quantize_tiles"
     return case(name, file, "quantize_tiles_kernel", table, signature, values, width="TILES", expect=EXACT)
 

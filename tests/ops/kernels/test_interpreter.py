@@ -47,6 +47,19 @@ def _loop(source, target, size, N: tl.constexpr):
     tl.store(target + tl.arange(0, N), total)
 
 
+@triton.jit
+def _halve(target, number):
+    tl.store(target, number >> 1)
+    tl.store(target + 1, number)
+
+
+def test_arguments_beyond_int32(kernel_device: torch.device) -> None:
+    for number in (2**31, 3 * 2**30, 2**32 - 2, 2**32):
+        target = torch.empty(2, dtype=torch.int64, device=kernel_device)
+        _halve[(1,)](target, number)
+        assert target.tolist() == [number // 2, number]
+
+
 def test_bf16_rounds_to_nearest(kernel_device: torch.device) -> None:
     source = torch.randn(1024, device=kernel_device)
     target = torch.empty(1024, dtype=torch.bfloat16, device=kernel_device)

@@ -75,6 +75,35 @@ def test_operands_and_mask(kernel_device, poison, what, dtype, batch, odd, row, 
         assert float(found[6][2]) > 0  # blocks that the given scale saturates
 
 
+def test_an_image_of_more_values_than_32_bits_hold(kernel_device, monkeypatch):
+    """Its first program alone, whose tile is that of a small image."""
+    from te_nvfp4_cv.ops.norm.triton import quantize_kernels, quantize_launch
+
+    launches = []
+
+    def start(kernel, grid, *arguments, **constants):
+        launches.append((kernel, arguments, constants))
+        kernel[grid](*arguments, **constants)
+
+    monkeypatch.setattr(quantize_launch, "start", start)
+    z = last(values((1, 16, 4, 8))).to(kernel_device)
+    spec = ops.NormSpec(0, "relu", True, 0.1, 1e-5, need_mask=True, backend="triton").encode()
+    _, mean, rstd, mask = ops.norm_forward(z, None, None, None, None, None, spec)
+    how = OperandSpec(1, Fold(1, 0, 4, 0, 16), PACKED, PACKED, rht=True)
+    made = ops.norm_quantize_op(z, None, [mean, rstd], mask, spec, how.to_ints(), torch.float32, None)
+    kernel, arguments, constants = launches[-1]
+    assert kernel is quantize_kernels.produce_kernel
+    images, run, per_row, channels = arguments[-4:]
+    assert (images, run) == (1, 512)
+    written = arguments[8:12]  # both faces
+    expected = [t.clone() for t in written]
+    for t in written:
+        t.fill_(0x55)
+    larger = 3 * 2**30
+    kernel[(1,)](*arguments[:-4], images, larger, larger // 512, channels, **constants)
+    assert made[0].numel() and all(same_bits(a, b) for a, b in zip(written, expected, strict=True))
+
+
 def test_non_finite_activations(kernel_device):
     for kind in ("nan", "inf"):
         z = last(values((16, 16, 2, 2), kind)).to(kernel_device)

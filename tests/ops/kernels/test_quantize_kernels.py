@@ -21,7 +21,7 @@ from te_nvfp4_cv.backend import dispatch, tuning
 from te_nvfp4_cv.ops.geometry import Fold
 from te_nvfp4_cv.ops.quantize import operand, reference_matrix
 from te_nvfp4_cv.ops.quantize import reference as reference_operands
-from te_nvfp4_cv.ops.quantize.triton import tiles
+from te_nvfp4_cv.ops.quantize.triton import grids, tiles
 from te_nvfp4_cv.ops.records import (
     DEQUANTIZED,
     NONE,
@@ -202,8 +202,11 @@ def _far(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.frombuffer(memory, dtype=dtype, count=1), torch.frombuffer(memory, dtype=dtype)
 
 
-@pytest.mark.parametrize(("images", "run"), [(32, 2**27 + 48), (16, 2**31 + 48)], ids=["tensor", "image"])
-def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
+@pytest.mark.parametrize("form", [DEQUANTIZED, PACKED], ids=["values", "codes"])
+@pytest.mark.parametrize(
+    ("images", "run"), [(32, 2**27 + 48), (16, 2**30 + 48), (16, 2**31 + 48)], ids=["tensor", "images", "image"]
+)
+def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run, form):
     """One program of a kernel over more than 2^31 elements: the last tile of the last group of images."""
     if kernel_device.type != "cpu" or sys.platform != "linux":
         pytest.skip("a matter of addresses: the interpreter shows it without the memory")
@@ -213,7 +216,8 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
 
     bf16, groups, block = torch.bfloat16, images // 16, 64
     x, all_x = _far(images * run, bf16)
-    row, all_row = _far(images * run, bf16)
+    row, all_row = _far(images * run, bf16) if form == DEQUANTIZED else _far(images * run // 8, torch.int32)
+    row_scale, all_row_scale = _far(images * run // 16, torch.uint8)
     col, all_col = _far(groups * run, torch.int64)
     scale, all_scale = _far(groups * run, torch.uint8)
     back, all_back = _far(images * run, bf16)
@@ -230,15 +234,20 @@ def test_addresses_beyond_32_bits(kernel_device, monkeypatch, images, run):
         lambda self, axis: interpreter.TensorHandle(np.array([program[axis]], np.int32), interpreter.tl.int32),
     )
     flags = dict(
-        ROW=2, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=0, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
+        ROW=form, COL=1, RHT=True, STOCHASTIC=False, OBSERVE=0, FOLDED=False, MASKED=True, CHANNELS=0, BLOCKS=1
     )
     watch = (amax,) * 4  # work and what is observed: not read
-    arguments = (x, x, amax, amax, row, scale, col, scale, *watch, images, 1, run, per_row, 0)
+    arguments = (x, x, amax, amax, row, row_scale, col, scale, *watch, images, 1, run, per_row, 0)
     operand_kernels.quantize_kernel[(1,)](*arguments, **flags, E4M3_MAX=448, BLOCK=block)
     fold = Fold(1, 0, 1, 0, 16)
-    spec = OperandSpec(1, fold, DEQUANTIZED, PACKED, True)
+    spec = OperandSpec(1, fold, form, PACKED, True)
     expected = reference_operands.quantize_operand(tail, spec, bf16, None, amax)
-    got = torch.stack([all_row[(first + i) * run + at] for i in range(16)])
+    if form == DEQUANTIZED:
+        got = torch.stack([all_row[(first + i) * run + at] for i in range(16)])
+    else:
+        got = torch.stack([all_row[((first + i) * run + at[::8]) // 8] for i in range(16)]).view(torch.uint8)
+        scales = torch.stack([all_row_scale[((first + i) * run + at[::16]) // 16] for i in range(16)])
+        assert same_bits(scales, expected.row.scale)
     assert same_bits(got, expected.row.data)
     assert same_bits(all_col[(groups - 1) * run + at].view(torch.uint8).view(1, 48, 8), expected.col.data)
     assert same_bits(all_scale[(groups - 1) * run + at].view(1, 48), expected.col.scale)
@@ -526,3 +535,31 @@ def test_unpacking_takes_one_axis_of_the_grid(launch, kernel_device, monkeypatch
     data, scale = (torch.zeros(65536, 16, *last, dtype=torch.uint8, device=kernel_device) for last in ((8,), ()))
     assert launch.unpack_columns(data, scale, torch.bfloat16).shape == (2**20, 16)
     assert grids == [(65536,)]
+
+
+def test_weights_take_one_axis_of_the_grid(kernel_device):
+    """The same of 16x16 tiles: a classifier of 1.1 million identities, 256 experts of 4,112 outputs."""
+    for n, groups in ((1_100_000, 1), (256 * 4112, 256)):
+        spec = WeightSpec(groups, PACKED, NONE, two_d=True)
+        kinds = (torch.float32, torch.bfloat16, spec, False, False)
+        launch = grids.weight_tiles_of(torch.Size((n, 48, 1)), (48, 1, 1), kernel_device, 1.0, kinds)
+        bands = groups * math.ceil(n // groups / 16)
+        assert bands > 65535 and len(launch.grid) == 1
+        assert launch.grid[0] == bands * math.ceil(3 / launch.constants["TILES"])
+
+
+@pytest.mark.parametrize("height", [3 * 2**14, 2**16], ids=["2^31 to 2^32 values", "2^32 values"])
+def test_an_image_of_more_values_than_32_bits_hold(launch, kernel_device, height):
+    """Its first program alone, whose tile is like that of a small image."""
+    spec = OperandSpec(1, Fold(1, 0, 1, 0, 16), PACKED, PACKED, rht=True)
+    whole = torch.Size((1, height, 2**12, 16))
+    bound = grids.tiles_of(whole, torch.bfloat16, kernel_device, spec, (PACKED, PACKED), 0, False)[0].usual
+    block = bound.constants["BLOCK"]
+    x = values((1, 1, block // 16, 16)).bfloat16().to(kernel_device)
+    made = launch.quantize_operand(x, spec, torch.bfloat16, None, None)
+    expected = [made.row.data.view(torch.int32), made.row.scale, made.col.data.view(torch.int64), made.col.scale]
+    found = [torch.full_like(t, 0x55) for t in expected]
+    amax = torch.cat([made.row_amax, made.col_amax])
+    bound.kernel[(1,)](x, x, amax, amax, *found, *[amax] * 4, *bound.numbers, **bound.constants)
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)

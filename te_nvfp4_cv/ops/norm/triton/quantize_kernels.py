@@ -292,7 +292,7 @@ def produce_kernel(
     saturated = tl.zeros((at_once, BLOCK // 16), tl.int32)
     if ROW != 0:
         mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
-        limit = (run - first).to(tl.int32)
+        limit = tl.minimum(run - first, BLOCK).to(tl.int32)
         # Counted in blocks; within a tile 32 bits are enough.
         blocks = line.to(tl.int64) * 16 * run + first >> 4
         step = tl.zeros((), tl.int64) + run // 16

@@ -181,7 +181,7 @@ def quantize_blocks_kernel(
 
 
 # Sizes of a layer are runtime integers: as constants, each layer of a network would compile a kernel of its own.
-@triton.jit(do_not_specialize=["tiles", "taps", "group_rows", "group_blocks", "row_blocks"])
+@triton.jit(do_not_specialize=["tiles", "per_band", "taps", "group_rows", "group_blocks", "row_blocks"])
 def quantize_tiles_kernel(
     w,
     amax,
@@ -192,6 +192,7 @@ def quantize_tiles_kernel(
     other,
     number,
     tiles,
+    per_band,
     taps,
     width,
     stride_o,
@@ -209,17 +210,18 @@ def quantize_tiles_kernel(
 ):
     """Quantize 16x16 tiles of w[o, t, c], any strides: TILES tiles of 16 lanes, a lane holds the 16 channels of a row.
 
-    Axis 1 of the grid: groups of 16 rows; axis 0: tiles of (t, kb), in memory's order (TAPS_FIRST: t runs fastest).
+    A band of 16 rows has per_band programs; a program's tiles are of (t, kb), in memory's order (TAPS_FIRST: t runs
+    fastest). The grid has one axis, because the second and third end at 65535.
     amax: fp32 [1]. FORM 1: data and scale are written; 2: dequantized; 3: both. dequantized is multiplied by a factor
     of FACTOR parts (elementwise.product_of).
     data: int64 [o, taps, row_blocks]; scale: uint8 [group, ob, taps, row_blocks]; dequantized: [o, taps, width].
     """
-    band = tl.program_id(1).to(tl.int64)
+    band = (tl.program_id(0) // per_band).to(tl.int64)
     row = tl.arange(0, 16)[None, :]
     ob = band % group_blocks
     # A band is 16 rows of one group, or what is left of the group.
     o = band // group_blocks * group_rows + ob * 16 + row
-    index = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
+    index = (tl.program_id(0) % per_band * TILES + tl.arange(0, TILES))[:, None]
     # Neighbouring lanes take tiles that lie next to each other in memory.
     if TAPS_FIRST:
         t = index % taps

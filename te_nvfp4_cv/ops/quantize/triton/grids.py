@@ -133,10 +133,11 @@ def weight_tiles_of(
         TILES=per_block,
         **parts.options_of(config),
     )
+    per_band = parts.ceil_div(taps * kb, per_block)
     return Bound(
         block_kernels.quantize_tiles_kernel,
-        (parts.ceil_div(taps * kb, per_block), spec.groups * ob),
-        (number, taps * kb, taps, c, *strides, n // spec.groups, ob, kb),
+        (per_band * spec.groups * ob,),
+        (number, taps * kb, per_band, taps, c, *strides, n // spec.groups, ob, kb),
         constants,
         [(2, torch.int64)] * (spec.row == PACKED),
     )

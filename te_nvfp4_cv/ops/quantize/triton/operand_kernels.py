@@ -276,8 +276,9 @@ def quantize_kernel(
     blocks = (group.to(tl.int64) * 16 * padded_run + first) >> 4
     if ROW != 0:
         row_mult, s_dec = nx.tensor_factors(tl.load(amax), E4M3_MAX)
-        # Within a tile 32 bits are enough.
-        limit = left.to(tl.int32) if MASKED else BLOCK
+        # Within a tile 32 bits are enough; more than they hold may be left of the image.
+        limit = tl.minimum(left, BLOCK).to(tl.int32) if MASKED else BLOCK
+        step = tl.zeros((), tl.int64) + (padded_run >> 4)
         for i in tl.static_range(16):
             if i % at_once == 0:
                 top, byte, s_bs, encs = row_scales(tile, i, at_once, row_mult, s_dec, pairs, BLOCK)
@@ -285,9 +286,8 @@ def quantize_kernel(
                     row_top = nx.max_nan(row_top, top)
                     saturated_rows += tl.where(top * row_mult > 448.0, 1, 0)
                 if ROW == 1:
-                    step = (tl.zeros((), tl.int64) + (padded_run >> 4)).to(tl.int32)
                     there = images - group * 16 - i
-                    store_scales(row_scale, byte, blocks + i * (padded_run >> 4), step, limit, there, BLOCK, MASKED)
+                    store_scales(row_scale, byte, blocks + i * step, step, limit, there, BLOCK, MASKED)
             v = tl.reshape(tile[i], (BLOCK // 16, 16))
             y = nx.scaled(v, encs[i % at_once][:, None], pairs)
             if STOCHASTIC:
@@ -307,8 +307,7 @@ def quantize_kernel(
             else:
                 # What a thread of the table's tiles holds side by side.
                 codes = packing.join_rows(word, y, BLOCK, 8 if BLOCK >= 1024 else 4)
-                at = i * (padded_run >> 4)
-                packing.store_rows(row_data, codes, blocks, at, limit, image < images, BLOCK, MASKED)
+                packing.store_rows(row_data, codes, blocks, i * step, limit, image < images, BLOCK, MASKED)
     col_top = tl.zeros((BLOCK,), tl.float32)
     col_mult = 0.0
     if COL != 0:
