@@ -53,6 +53,10 @@ def function_of(name: str, option: str, pretrained: bool = True) -> Any:
     """
     from te_nvfp4_cv.sensitivity import builder
 
+    if ":" not in name:
+        fix = f"{name}:build" if name.endswith(".py") else f"torchvision.models:{name}, timm:{name}, or model.py:build"
+        needs = "MODULE:FUNCTION or FILE.py:FUNCTION that returns the model; or timm:NAME, transformers:NAME"
+        raise value_error(f"bad {option}.", got=repr(name), needs=needs, fix=fix)
     known = library_of(name)
     if known is not None:
         return builder_of(*known, pretrained)

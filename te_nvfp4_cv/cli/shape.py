@@ -8,9 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-ERRORS = (ValueError, TypeError, RuntimeError, OSError)  # these carry an explanation, and need no traceback
+# With an explanation if they are ours, which need no traceback.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+_LIBRARIES = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, "<")  # "<": no file
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,19 @@ class Command:
     def __call__(self, options: argparse.Namespace) -> int:
         try:
             return self.run(options)
-        except ERRORS as refusal:
-            print(f"error: {refusal}", file=sys.stderr)
-        except Exception as error:  # mostly raised by the user's model: its author needs the traceback
-            traceback.print_exc()
-            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        except Exception as error:
+            text = str(error)
+            if not isinstance(error, ERRORS) or _passed_other_code(error):  # its author needs the traceback
+                traceback.print_exc()
+                text = f"{type(error).__name__}: {error}"
+            print(f"error: {text}", file=sys.stderr)
         return 2
+
+
+def _passed_other_code(error: Exception) -> bool:
+    """Return True if an error came through code that is no installed library: the user's model."""
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(not file.startswith(_LIBRARIES) for file in files)
 
 
 def show(report: Any, text: str, as_json: bool) -> None:

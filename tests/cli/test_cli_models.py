@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,36 @@ def test_export_of_a_trained_network(model: list[str], tmp_path: Path, capsys: p
     assert type(nv.export.load(tmp_path / "e.safetensors", Net()).head) is torch.nn.Linear
 
 
+def test_an_error_of_the_users_code_comes_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(16, 16, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    def broken():
+        return Net().conv.weight.view(7)
+
+    def chain():
+        return torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3))
+    """
+    (tmp_path / "users_net.py").write_text(textwrap.dedent(code))
+    monkeypatch.chdir(tmp_path)
+    for function, line in (("broken", "return Net().conv.weight.view(7)"), ("Net", "return self.conv(x)")):
+        assert cli.main(["coverage", f"users_net.py:{function}", "--input", "3", "8", "8"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("Traceback") and line in error and "\nerror: RuntimeError: " in error
+    assert cli.main(["coverage", "users_net.py:chain", "--input", "3", "8", "8"]) == 2  # --input is what is wrong
+    assert capsys.readouterr().err.startswith("error: Given groups=1")
+
+
 def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(arguments: list[str], words: str) -> None:
         assert cli.main(arguments) == 2
@@ -187,7 +218,8 @@ def test_bad_input(model: list[str], images: Path, tmp_path: Path, capsys: pytes
     refused(["coverage", f"{file}:nothing", *SIZE], "no function")
     refused(["coverage", f"{file}:number", *SIZE], "only try, and scan without --images")
     refused(["coverage", "nowhere.py:build", *SIZE], "no such file")
-    refused(["coverage", "no colon", *SIZE], "bad MODEL")
+    refused(["coverage", "resnet18", *SIZE], "torchvision.models:resnet18, timm:resnet18, or model.py:build")
+    refused(["coverage", "net.py", *SIZE], "fix:   net.py:build")
     refused(["coverage", model[0], "--checkpoint", str(tmp_path / "none.pt")], "cannot be read")
     torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "other.pt")
     refused(["coverage", model[0], "--checkpoint", str(tmp_path / "other.pt")], "do not fit the model")
