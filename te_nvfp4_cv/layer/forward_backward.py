@@ -304,7 +304,7 @@ class QuantizedConv(torch.autograd.Function):
     """Run x, w, bias -> y for one Plan, with whoever else takes part in the call."""
 
     # Torch's own method, before context/torch_patches.py changes it: that is for Functions whose forward runs layers.
-    apply = classmethod(torch.autograd.Function.apply.__func__)  # type: ignore[assignment,attr-defined,var-annotated]
+    apply = torch.autograd.Function.__dict__["apply"]
 
     @staticmethod
     def forward(
