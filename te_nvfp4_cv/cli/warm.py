@@ -244,5 +244,6 @@ def _with_paths(name: str, content: bytes, folder: Path) -> bytes:
     """Let an entry's list of files, the one place that holds paths, point to where they are now."""
     if not name.startswith("__grp__"):
         return content
-    files = json.loads(content)["child_paths"]
+    # Without those that are not packed: where one of a list is missing, triton 3.9 compiles anew.
+    files = [file for file in json.loads(content)["child_paths"] if file.endswith(NEEDED)]
     return json.dumps({"child_paths": {file: str(folder / file) for file in files}}).encode()
