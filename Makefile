@@ -1,7 +1,10 @@
-# The commands: make demo, test, test-fast, stress, lint, docs, tables, wheel, zoo, clean. PYTHON names an interpreter of 3.11 or newer.
+# The commands: make demo, test, test-fast, stress, versions, lint, docs, tables, wheel, zoo, clean. PYTHON names an interpreter of 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 ZOO := build/zoo
+# Of make versions: the newest torch that pyproject.toml admits.
+TORCH ?= 2.15.0
+OTHER = build/torch-$(TORCH)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := -c constraints.txt
@@ -14,7 +17,7 @@ PYTEST = NVTE_PROJECT_BUILDING=1 $(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1)
 # For daily work: no training runs, ranks, exports, other frameworks or kernels in the interpreter.
 FAST := $(wildcard tests/test_*.py) $(addprefix tests/,backend context fusion layer nn ops recipe report tensor)
 
-.PHONY: demo test test-fast stress lint docs tables wheel zoo clean
+.PHONY: demo test test-fast stress versions lint docs tables wheel zoo clean
 
 # Full precision and NVFP4 one after the other on a generated set of shapes: pictures, curves and a table in runs/demo.
 demo: $(VENV)/.train
@@ -29,6 +32,10 @@ test-fast: $(VENV)/.dev
 # Long randomized programs and whole sets of cases, of which make test runs a part. Takes as long as it takes.
 stress: $(VENV)/.dev
 	$(PYTEST) -m stress $(PYTEST_ARGS)
+
+# The tests with another torch than constraints.txt has, in an environment of its own of several GB: make versions TORCH=2.11.0
+versions: $(OTHER)/.made
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not stress" $(PYTEST_ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
@@ -75,6 +82,15 @@ $(ZOO)/.made: pyproject.toml constraints.txt examples/zoo/requirements.txt | $(V
 	$(VENV)/bin/python -m venv $(ZOO)
 	$(ZOO)/bin/python -m pip --disable-pip-version-check install --quiet $(PIN) -r examples/zoo/requirements.txt -e ".[export]"
 	$(ZOO)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps ultralytics==8.4.190
+	touch $@
+
+# torchvision and triton as that torch wants them, and the rest as ever.
+$(OTHER)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHER)
+	grep -Ev '^(torch|torchvision|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) torchvision
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OTHER)/constraints.txt \
+	  -e ".[train,dev,adapters,telemetry,export]"
 	touch $@
 
 # TransformerEngine without its dependencies: the pure-Python wheel has the recipes, which the tests compare with ours.

@@ -42,7 +42,8 @@ _NAMES = (
 )
 _GETTERS = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "data"))
 TAKING: frozenset[Any] = frozenset(
-    [*(getattr(owner, name) for owner in (Tensor, torch) for name in _NAMES if hasattr(owner, name)), *_GETTERS]
+    # Not torch.cpu and torch.cuda, which are modules: torch.compile of torch 2.11 cannot look for one in a set.
+    [f for owner in (Tensor, torch) for name in _NAMES if callable(f := getattr(owner, name, None))] + [*_GETTERS]
 )
 """Functions of torch whose result has the values of their first argument."""
 
