@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.torch_private import no_graphs_inside
 from te_nvfp4_cv.context.state import active_recipe
 from te_nvfp4_cv.errors import warn_once
@@ -75,7 +76,7 @@ def _uncounted(name: str, error: Exception) -> None:
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return function(*args, **kwargs) of a function in DIRECT, and count the call as missed."""
     y = function(*args, **kwargs)
-    recipe = None if torch.compiler.is_compiling() else active_recipe()
+    recipe = None if is_traced() else active_recipe()
     if recipe is None or not recipe.nvfp4_gemms:
         return y
     call = direct_call(function, args, kwargs)

@@ -113,7 +113,9 @@ def ruling(w: object) -> Override | None:
         return top
     if torch.compiler.is_compiling():
         getattr(parameter, MARK, None)
-        number = _number_of(parameter, None if top is None else top[0])
+        if top is not None and _holds(top[0], parameter):
+            return top
+        number = _number_of(parameter)
         return top if number is None else _recipes[number]
     found = of_parameter(parameter)
     if found is None or (top is not None and (found[1] is top[1] or _holds(top[0], parameter))):
@@ -129,9 +131,9 @@ def of_parameter(parameter: Tensor) -> Override | None:
 
 # torch.compile cannot trace a search. It has the Parameter itself while it traces, and takes the answer for constant.
 @constant_in_graphs
-def _number_of(parameter: Tensor, owner: object) -> int | None:
+def _number_of(parameter: Tensor) -> int | None:
     found = of_parameter(parameter)
-    if found is None or (owner is not None and _holds(owner, parameter)):
+    if found is None:
         return None
     return next(number for number, known in enumerate(_recipes) if known[1] == found[1])
 
