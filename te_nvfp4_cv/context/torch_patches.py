@@ -96,8 +96,8 @@ def _patch_custom_functions(capture: Capture) -> None:
             raise AttributeError(f"{type(ctx).__name__!r} object has no attribute {_USED!r}") from None
 
     setattr(node, _USED, property(get_used, set_used))
-    marked = _marked(torch.autograd.Function.__dict__["apply"])  # a classmethod, from torch 2.15 on one written in C
-    torch.autograd.Function.apply = classmethod(marked)  # type: ignore[assignment]
+    apply = torch.autograd.Function.__dict__["apply"]  # from torch 2.15 on written in C: it takes the class as it is
+    torch.autograd.Function.apply = classmethod(_marked(getattr(apply, "__func__", apply)))  # type: ignore[assignment]
     for name in ("apply", "apply_boxed"):  # the second is new in torch 2.13
         run = getattr(node, name, None)
         if run is not None:
@@ -118,16 +118,15 @@ def _run_again(run: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _marked(method: Any) -> Callable[..., Any]:
-    """Let Function.apply, a classmethod, leave a mark on the ctx of a Function whose forward runs layers in NVFP4."""
+def _marked(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Function.apply leave a mark on the ctx of a Function whose forward runs layers in NVFP4."""
 
-    @functools.wraps(method)
+    @functools.wraps(apply)
     def marking(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        apply = method.__get__(None, cls)
         if not local.states:
-            return apply(*args, **kwargs)
+            return apply(cls, *args, **kwargs)
         before = shortfall.local.macs
-        y = apply(*args, **kwargs)
+        y = apply(cls, *args, **kwargs)
         if shortfall.local.macs != before:
             for output in y if isinstance(y, tuple) else (y,):
                 node = getattr(output, "grad_fn", None)
