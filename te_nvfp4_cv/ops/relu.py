@@ -8,6 +8,9 @@
 
 A CPU runs compiled kernels, CUDA runs Triton's, and everything else plain torch. Eager calls on plain tensors run at
 once, and others through a custom operator of torch. The tensors must be dense; the caller (layer/relu.py) sees to it.
+
+A mask's bits are in memory order, which a graph of torch.compile has decided when it was traced. The operators take the
+strides that were traced: torch 2.14 traces others than there are behind a group normalization of channels_last images.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 
 def masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return relu(x) and its mask as positive_mask gives it; on CUDA in one pass."""
-    return _masked_relu(x) if runs_directly(x) else masked_relu_op(x)
+    return _masked_relu(x) if runs_directly(x) else masked_relu_op(x, [*x.stride()])
 
 
 def _masked_relu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,14 +53,14 @@ def relu_in_place(x: Tensor) -> Tensor:
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::masked_relu", mutates_args=())
-def masked_relu_op(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Call masked_relu."""
-    return _masked_relu(x)
+def masked_relu_op(x: Tensor, strides: list[int]) -> tuple[Tensor, Tensor]:
+    """Call masked_relu on x with these strides."""
+    return _masked_relu(_laid_out(x, strides))
 
 
 @masked_relu_op.register_fake
-def _(x):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+def _(x, strides):  # type: ignore[no-untyped-def]
+    return x.new_empty_strided(x.shape, strides), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 def positive_mask(y: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def positive_mask(y: Tensor) -> Tensor:
 
     That is where not (y <= 0) rather than where y > 0: torch lets the gradient of a NaN through.
     """
-    return _positive_mask(y) if runs_directly(y) else positive_mask_op(y)
+    return _positive_mask(y) if runs_directly(y) else positive_mask_op(y, [*y.stride()])
 
 
 def _positive_mask(y: Tensor) -> Tensor:
@@ -88,13 +91,13 @@ def _positive_mask(y: Tensor) -> Tensor:
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::positive_mask", mutates_args=())
-def positive_mask_op(y: Tensor) -> Tensor:
-    """Call positive_mask."""
-    return _positive_mask(y)
+def positive_mask_op(y: Tensor, strides: list[int]) -> Tensor:
+    """Call positive_mask on y with these strides."""
+    return _positive_mask(_laid_out(y, strides))
 
 
 @positive_mask_op.register_fake
-def _(y):  # type: ignore[no-untyped-def]
+def _(y, strides):  # type: ignore[no-untyped-def]
     return y.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
 
 
@@ -103,7 +106,7 @@ def apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
 
     dy must be dense, in the memory order of the tensor that the mask was made of.
     """
-    return _apply_mask(dy, mask) if runs_directly(dy) else apply_mask_op(dy, mask)
+    return _apply_mask(dy, mask) if runs_directly(dy) else apply_mask_op(dy, mask, [*dy.stride()])
 
 
 def _apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
@@ -126,14 +129,18 @@ def _apply_mask(dy: Tensor, mask: Tensor) -> Tensor:
 
 @without_autocast
 @torch.library.custom_op("te_nvfp4_cv::apply_mask", mutates_args=())
-def apply_mask_op(dy: Tensor, mask: Tensor) -> Tensor:
-    """Call apply_mask."""
-    return _apply_mask(dy, mask)
+def apply_mask_op(dy: Tensor, mask: Tensor, strides: list[int]) -> Tensor:
+    """Call apply_mask on dy with these strides."""
+    return _apply_mask(_laid_out(dy, strides), mask)
 
 
 @apply_mask_op.register_fake
-def _(dy, mask):  # type: ignore[no-untyped-def]
-    return torch.empty_like(dy)
+def _(dy, mask, strides):  # type: ignore[no-untyped-def]
+    return dy.new_empty_strided(dy.shape, strides)
+
+
+def _laid_out(x: Tensor, strides: list[int]) -> Tensor:
+    return x if [*x.stride()] == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _by_kernels(y: Tensor) -> bool:

@@ -303,6 +303,33 @@ def test_one_graph_where_dynamo_asks_a_mode_about_what_is_none_of_its_business(f
     assert not same_bits(expected, function(x, conv))
 
 
+@torch.library.custom_op("te_nvfp4_cv_tests::images_last", mutates_args=())
+def images_last(x: Tensor) -> Tensor:
+    """Return x in channels_last, and trace it as contiguous: torch 2.14 does so with group normalization."""
+    return x.clone(memory_format=torch.channels_last)
+
+
+images_last.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+images_last.register_autograd(lambda ctx, dy: images_last(dy))
+
+
+@pytest.mark.parametrize(
+    "make", [nn.ReLU, lambda: nn.ReLU(inplace=True), lambda: nv.BatchNormAct2d(16, activation="relu")],
+    ids=["relu", "in place", "norm and relu"],
+)  # fmt: skip
+def test_masks_where_memory_is_not_as_it_was_traced(make):
+    """The bits of a mask are in the order of memory, which must be the same in both passes."""
+    x, weight, grads = values((4, 16, 6, 6)), values((4, 16, 6, 6), seed=1), []
+    for compiles in (False, True):
+        layer, leaf = make(), x.clone().requires_grad_()
+        run = torch.compile(lambda z, f=layer: f(images_last(z)), backend="aot_eager", disable=not compiles)
+        with nv.nvfp4_autocast(NO_SR):
+            y = run(leaf)
+        (y * weight).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-6)
+
+
 class Sizes(nn.Module):
     """Layers of each kind, for images of any size."""
 

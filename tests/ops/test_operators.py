@@ -126,9 +126,9 @@ EXAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(None, None, torch.tensor(3), "reference"),
     ),
     "draw_seed": lambda: (torch.ones(2),),
-    "masked_relu": lambda: (values((3, 5)),),
-    "positive_mask": lambda: (values((3, 5)).clamp(min=0),),
-    "apply_mask": lambda: (values((3, 5)), ops.positive_mask(values((3, 5)).clamp(min=0))),
+    "masked_relu": lambda: (values((3, 5)), [1, 3]),
+    "positive_mask": lambda: (values((3, 5)).clamp(min=0), [5, 1]),
+    "apply_mask": lambda: (values((3, 5)), ops.positive_mask(values((3, 5)).clamp(min=0), [5, 1]), [5, 1]),
     "norm_forward": norm_arguments,
     "norm_backward": norm_backward_arguments,
 }

@@ -98,6 +98,8 @@ def norm_backward(
         dz in z's dtype; dresidual in dy's, or empty; dweight and dbias, fp32 [C], or empty without a weight.
     """
     s = NormSpec.decode(spec)
+    if dy.stride() != z.stride():  # a graph may have been traced with others: see ops/relu.py
+        dy = torch.empty_like(z, dtype=dy.dtype).copy_(dy)
     return _module(s.backend).norm_backward(dy, z, norm, mask, s)
 
 
