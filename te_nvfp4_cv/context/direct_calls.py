@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from te_nvfp4_cv.backend.dispatch import is_traced
 from te_nvfp4_cv.backend.torch_private import no_graphs_inside
 from te_nvfp4_cv.context.state import active_recipe
 from te_nvfp4_cv.errors import warn_once
@@ -76,7 +75,7 @@ def _uncounted(name: str, error: Exception) -> None:
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return function(*args, **kwargs) of a function in DIRECT, and count the call as missed."""
     y = function(*args, **kwargs)
-    recipe = None if is_traced() else active_recipe()
+    recipe = None if torch.compiler.is_compiling() else active_recipe()
     if recipe is None or not recipe.nvfp4_gemms:
         return y
     call = direct_call(function, args, kwargs)
@@ -85,16 +84,16 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return y
 
 
-_RUNTIME = os.path.join("_aot_autograd", "runtime_wrappers.py")
+_AOT = os.path.join("", "_aot_autograd", "")
 
 
 def _in_a_graph() -> bool:
-    """Return True if AOTAutograd, on which most backends of torch.compile build, is running a graph that it has made.
+    """Return True if AOTAutograd, on which most backends of torch.compile build, makes or runs a graph.
 
     What runs there in high precision was decided when the graph was traced.
     """
     frame: Any = sys._getframe(1)
-    while frame is not None and not frame.f_code.co_filename.endswith(_RUNTIME):
+    while frame is not None and _AOT not in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None
 

@@ -80,7 +80,7 @@ def _ending_with_a_norm(child: nn.Module) -> Traced | None:
         return None
     if traced.training is not traced.evaluation or len(traced.arguments) != 1 or traced.guards:
         return None
-    last = next(reversed(traced.training.nodes)).args[0]  # what the output is
+    last = next(iter(reversed(traced.training.nodes))).args[0]  # what the output is; torch 2.11 has no iterator here
     if not isinstance(last, fx.Node) or last.op != "call_module" or len(last.users) != 1:
         return None
     inner = child_of(child, str(last.target))

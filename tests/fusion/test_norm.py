@@ -300,6 +300,8 @@ def test_non_finite_values_reach_the_result_and_the_gradients():
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"affine": False}], ids=["affine", "no bias", "plain"])
 @pytest.mark.parametrize("what", ["batch relu", "batch silu", "group relu", "group silu"])
 def test_parameters_in_half_precision(what, settings, training, dtype):
+    if "bias" in settings and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 has no norms with a weight and no bias")
     kind, activation = what.split()
     norm = some_norm(kind, **settings).to(dtype).train(training)
     z, dy = ((values((4, 24, 5, 6), seed=seed) + 1).to(dtype) for seed in (0, 2))
