@@ -139,6 +139,7 @@ def test_bad_qparams():
         ("[recipe]\ndisable_rth = true\n", ("unknown key 'disable_rth'", "[recipe]", "mean 'disable_rht'")),
         ("[recipe]\nname = 'x'\n", ("unknown key 'name'", "[recipe]")),
         ("disable_rht = true\n", ("unknown key 'disable_rht'", "below a line [recipe]")),
+        ('[precision]\nlayer4.0 = "high"\n', ("unknown key '0'", "in quotes", '"layer4.0"')),
         ("disable_rth = true\n", ("unknown key 'disable_rth'", "'disable_rht'? It belongs below a line [recipe]")),
         ("[recipes]\n", ("unknown key 'recipes'", "did you mean 'recipe'")),
         ("[recipe]\nnvfp4_4over6 = 'some'\n", ("[recipe]", "nvfp4_4over6='some'", SCOPES)),

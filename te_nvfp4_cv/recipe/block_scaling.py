@@ -368,12 +368,13 @@ def _check_precision(table: object) -> tuple[tuple[str, NVFP4BlockScaling | None
     pairs = tuple(table.items()) if isinstance(table, Mapping) else table
     if not isinstance(pairs, (tuple, list)):
         raise bad_value("recipe", "precision", table, needs)
-    out = []
+    out: dict[str, NVFP4BlockScaling | None] = {}
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise bad_value("recipe", "precision", pair, needs)
         recipe = None if pair[1] in HIGH else as_recipe(pair[1])
         if recipe is not None and recipe.precision:
             raise bad_value("recipe", "precision", pair, needs, "take the inner table out: one table per recipe")
-        out.append((pair[0], recipe))
-    return tuple(out)
+        out.pop(pair[0], None)  # the last match wins, and a TOML table has each key once
+        out[pair[0]] = recipe
+    return tuple(out.items())

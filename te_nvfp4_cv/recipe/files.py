@@ -170,7 +170,8 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _parse_text(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        return tomllib.loads(text if isinstance(text, str) else text.decode("utf-8"))
+        # Windows' editors put a mark before the text, which UTF-8 allows and TOML's readers do not.
+        return tomllib.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise value_error(
             f"recipe file '{path}': not TOML.",
@@ -191,6 +192,8 @@ def _check_keys(path: Path, where: str, table: dict[str, Any], allowed: tuple[st
             fix = f"put {key!r} below a line [recipe]"
         elif where == "top level" and not close and field:
             fix = f"did you mean {field[0]!r}? It belongs below a line [recipe]"
+        elif where.startswith("[precision]") and not close:  # TOML reads layer4.0 as a table in a table
+            fix += ', or put a pattern with dots in quotes, as in "layer4.0" = "high"'
         title = f"recipe file '{path}': unknown key {key!r} ({where})."
         raise value_error(title, got=f"{key} = {table[key]!r}", needs="one of: " + ", ".join(allowed), fix=fix)
 

@@ -138,6 +138,18 @@ def test_a_rich_recipe_round_trips(tmp_path):
     assert again.high_precision_gemms == ("fprop", "wgrad")
 
 
+def test_a_pattern_that_a_table_repeats_has_its_last_recipe():
+    table = (("head", None), ("*", "no_rht"), ("head", "delayed"), ("*", None))
+    recipe = NVFP4BlockScaling(precision=table)
+    assert recipe.precision == (("head", load_recipe("delayed")), ("*", None))
+    assert parse_recipe(recipe.to_toml()) == recipe
+
+
+def test_a_file_may_begin_with_the_mark_that_windows_editors_write(tmp_path):
+    (tmp_path / "mine.toml").write_text("[recipe]\ndisable_rht = true\n", encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "mine.toml") == NVFP4BlockScaling(disable_rht=True)
+
+
 def test_precision_names_recipes_by_name_and_by_relative_path(tmp_path):
     (tmp_path / "mine.toml").write_text('[recipe]\nthin_layers = "pad"\n')
     table = '[precision]\n"a" = "no_rht"\n"b" = "./mine.toml"\n"c" = {disable_rht = true}\n'
