@@ -263,7 +263,7 @@ def _lower(call: CallShape) -> Lowered:
     # A linear layer takes any leading axes, so no batch axis can be missing there.
     unbatched = rank > 0 and len(x) == rank + 1
     x = (1, *x) if unbatched else x
-    if isinstance(padding, str):
+    if isinstance(padding, str) and "transpose" not in call.op:  # to which torch gives numbers only
         pad, padding = named_padding(call, rank)
         more = [low + high for low, high in zip(pad[::2], pad[1::2], strict=True)]  # F.pad counts from the last axis
         x = (*x[:2], *(size + n for size, n in zip(x[2:], reversed(more), strict=True))) if pad else x

@@ -44,6 +44,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "dilation 0": ("conv2d", (X, W), dict(dilation=0)),
     "kernel too large": ("conv2d", (X[..., :2], W), {}),
     "output padding": ("conv_transpose2d", (X, values((16, 32, 3, 3))), dict(output_padding=1)),
+    "padding string, transposed": ("conv_transpose2d", (X, values((16, 32, 3, 3))), dict(padding="same")),
     "padding too large, transposed": ("conv_transpose2d", (X, values((16, 32, 3, 3))), dict(padding=5)),
     "unknown backend": ("conv2d", (X, W), dict(backend="nonsense")),
     "4over6 with RHT": ("conv2d", (X, W), dict(recipe=NVFP4BlockScaling(nvfp4_4over6="all"))),
