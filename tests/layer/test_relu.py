@@ -74,8 +74,9 @@ def test_mask_of_any_size(size, dtype):
 
 def test_mask_operators_pass_opcheck():
     y = values((3, 5)).clamp(min=0)
-    torch.library.opcheck(torch.ops.te_nvfp4_cv.positive_mask.default, (y,))
-    torch.library.opcheck(torch.ops.te_nvfp4_cv.apply_mask.default, (y, positive_mask(y)))
+    for strides in ([5, 1], [1, 3]):
+        torch.library.opcheck(torch.ops.te_nvfp4_cv.positive_mask.default, (y, strides))
+        torch.library.opcheck(torch.ops.te_nvfp4_cv.apply_mask.default, (y, positive_mask(y), strides))
 
 
 def test_relu_keeps_one_bit_per_element_and_is_switchable():
